@@ -1,0 +1,253 @@
+"""The engine as the event loop sees it: submit, stream, cancel.
+
+The only module with both asyncio and the engine thread. submit and cancel go straight to the
+native scheduler; each step's events come back through one call_soon_threadsafe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from kt_async.engine.loop import Delivery, EngineLoop
+from kt_async.engine.runner import Runner, StepResult
+from kt_async.engine.types import EngineInfo, GenerationRequest, StepOutput, TokenLogprob
+from kt_async.errors import NativeError, RequestError
+from kt_async.ffi import structs
+from kt_async.ffi.scheduler import Scheduler
+
+_FINISH = {
+    structs.KT_FINISH_STOP: "stop",
+    structs.KT_FINISH_LENGTH: "length",
+    structs.KT_FINISH_CANCELLED: "cancelled",
+    structs.KT_FINISH_TIMEOUT: "timeout",
+    structs.KT_FINISH_ERROR: "error",
+}
+
+
+class LiveGeneration:
+    """One sequence; outputs of steps nobody has read yet are merged into one. [loop]"""
+
+    def __init__(self, service: EngineService, seq_id: int, request: GenerationRequest) -> None:
+        self._service = service
+        self.seq_id = seq_id
+        self.request = request
+        self.submit_ns = time.monotonic_ns()
+        self._waiter: asyncio.Future[None] | None = None
+        self._clear()
+        self._is_over = False
+        self._finish: str | None = None
+        self._stopped_by: int | None = None
+        self._error: str | None = None
+        self._num_cached = 0
+        self._queue_s = 0.0
+        self._prompt_started = False
+
+    def _clear(self) -> None:
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob | None] = []
+
+    def __aiter__(self) -> AsyncIterator[StepOutput]:
+        return self
+
+    async def __anext__(self) -> StepOutput:
+        while not (self._tokens or self._prompt_logprobs or self._finish):
+            if self._is_over:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self._is_over:
+            raise StopAsyncIteration
+        output = StepOutput(
+            tokens=self._tokens,
+            logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+            finish_reason=self._finish,
+            stopped_by=self._stopped_by,
+            num_cached=self._num_cached,
+            queue_s=self._queue_s,
+            error=self._error,
+        )
+        self._clear()
+        self._is_over = self._finish is not None
+        return output
+
+    def cancel(self) -> None:
+        if self._finish is None:
+            self._service.cancel(self.seq_id)
+
+    def apply(self, event: npt.NDArray[np.void], result: StepResult | None) -> None:
+        """Take over one event of a step."""
+        kind = int(event["kind"])
+        self._num_cached = int(event["num_cached"])
+        admit_ns = int(event["admit_ns"])
+        if admit_ns:
+            self._queue_s = max(0.0, (admit_ns - self.submit_ns) * 1e-9)
+        if kind == structs.KT_EVENT_TOKEN:
+            token = int(event["token"])
+            self._tokens.append(token)
+            if result is not None and self.request.sampling.num_logprobs >= 0:
+                count = self.request.sampling.num_logprobs
+                self._logprobs.append(_logprob(result, int(event["sample_row"]), token, count))
+            if int(event["finish"]) == structs.KT_FINISH_STOP:
+                self._stopped_by = token
+        elif kind == structs.KT_EVENT_PROMPT_LOGPROB and result is not None:
+            if not self._prompt_started:
+                self._prompt_logprobs.append(None)
+                self._prompt_started = True
+            count = self.request.sampling.prompt_logprobs
+            row = int(event["sample_row"])
+            self._prompt_logprobs.append(_logprob(result, row, int(event["token"]), count))
+        elif kind == structs.KT_EVENT_FINISH:
+            self._finish = _FINISH[int(event["finish"])]
+            if self._finish == "stop" and self._stopped_by is None and self._tokens:
+                self._stopped_by = self._tokens[-1]
+
+    def fail(self, message: str) -> None:
+        """End with an error, whatever the scheduler says later."""
+        if self._finish is None:
+            self._finish = "error"
+        if self._finish == "error":
+            self._error = message
+        self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _logprob(result: StepResult, row: int, token: int, count: int) -> TokenLogprob:
+    top = zip(
+        result.top_ids[row, :count].tolist(), result.top_logprobs[row, :count].tolist(), strict=True
+    )
+    return TokenLogprob(token, float(result.logprobs[row]), tuple(top))
+
+
+class EngineService:
+    """Implements engine.types.Engine over a scheduler and a runner. [loop]"""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, info: EngineInfo) -> None:
+        self.info = info
+        self._scheduler = scheduler
+        self._runner = runner
+        self._living: dict[int, LiveGeneration] = {}
+        self._ids = itertools.count(1)
+        self._failure: str | None = None
+        self._is_draining = False
+        self._all_done = asyncio.Event()
+        self._started_ns = time.monotonic_ns()
+        self._loop = asyncio.get_running_loop()
+        self._engine = EngineLoop(scheduler, runner, self._from_engine)
+
+    def start(self) -> None:
+        self._engine.start()
+
+    @property
+    def healthy(self) -> bool:
+        return self._failure is None
+
+    @property
+    def failure(self) -> str | None:
+        return self._failure
+
+    def submit(self, request: GenerationRequest) -> LiveGeneration:
+        if self._failure is not None:
+            raise RequestError(503, f"the engine has failed: {self._failure}", code="engine_failed")
+        if self._is_draining:
+            raise RequestError(503, "the server is shutting down", code="shutting_down")
+        generation = LiveGeneration(self, next(self._ids), request)
+        # Registered first: the engine may answer before submit returns.
+        self._living[generation.seq_id] = generation
+        try:
+            accepted = self._scheduler.submit(generation.seq_id, request, generation.submit_ns)
+        except NativeError as error:
+            del self._living[generation.seq_id]
+            raise RequestError(400, str(error), code="invalid_request") from error
+        if not accepted:
+            del self._living[generation.seq_id]
+            raise RequestError(
+                429,
+                f"the queue is full ({self._scheduler.max_queue} requests are waiting); "
+                "try again later",
+                code="queue_full",
+                retry_after=self._retry_after(),
+            )
+        return generation
+
+    def cancel(self, seq_id: int) -> None:
+        self._scheduler.cancel(seq_id)
+
+    def stats(self) -> Mapping[str, float]:
+        values: dict[str, float] = dict(self._scheduler.stats())
+        values.update({f"runner_{k}": v for k, v in self._runner.stats().items()})
+        values["engine_host_ns"] = self._engine.host_ns
+        return values
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new work and wait for the running; True when all ended in time."""
+        self._is_draining = True
+        if not self._living:
+            return True
+        self._all_done.clear()
+        try:
+            await asyncio.wait_for(self._all_done.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Stop the engine thread and free the model; blocks for at most one step."""
+        self._engine.stop()
+        self._scheduler.close()
+        self._runner.close()
+
+    def _retry_after(self) -> int:
+        """Seconds after which a place in the queue is likely, from recent throughput."""
+        stats = self._scheduler.stats()
+        uptime_s = max(1.0, (time.monotonic_ns() - self._started_ns) * 1e-9)
+        finished_per_s = stats["finished"] / uptime_s
+        return min(60, max(1, round(1.0 / finished_per_s))) if finished_per_s > 0 else 5
+
+    def _from_engine(self, delivery: Delivery) -> None:
+        """[engine] One wake-up of the loop per step."""
+        try:
+            self._loop.call_soon_threadsafe(self._dispatch, delivery)
+        except RuntimeError:  # the loop closed first: nobody is left to tell
+            if not self._loop.is_closed():
+                raise
+
+    def _dispatch(self, delivery: Delivery) -> None:
+        touched: dict[int, LiveGeneration] = {}
+        for event in delivery.events:
+            seq_id = int(event["seq_id"])
+            generation = self._living.get(seq_id)
+            if generation is None:
+                continue
+            generation.apply(event, delivery.result)
+            touched[seq_id] = generation
+            if event["kind"] == structs.KT_EVENT_FINISH:
+                del self._living[seq_id]
+                if event["finish"] == structs.KT_FINISH_ERROR:
+                    generation.fail(delivery.failure or "the step failed")
+        for generation in touched.values():
+            generation.wake()
+        if delivery.is_fatal:
+            self._fail_all(delivery.failure or "unknown failure")
+        if not self._living:
+            self._all_done.set()
+
+    def _fail_all(self, message: str) -> None:
+        self._failure = message
+        living = list(self._living.values())
+        self._living.clear()
+        for generation in living:
+            generation.fail(message)
