@@ -11,15 +11,16 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Mapping
 
-import numpy as np
-import numpy.typing as npt
-
 from kt_async.engine.loop import Delivery, EngineLoop
 from kt_async.engine.runner import Runner, StepResult
 from kt_async.engine.types import EngineInfo, GenerationRequest, StepOutput, TokenLogprob
 from kt_async.errors import NativeError, RequestError
 from kt_async.ffi import structs
 from kt_async.ffi.scheduler import Scheduler
+
+# A kt_event as numpy's tolist() gives it: seq_id, kind, finish, token, token_pos, sample_row,
+# num_cached, admit_ns.
+EventRow = tuple[int, int, int, int, int, int, int, int]
 
 _FINISH = {
     structs.KT_FINISH_STOP: "stop",
@@ -85,32 +86,26 @@ class LiveGeneration:
         if self._finish is None:
             self._service.cancel(self.seq_id)
 
-    def apply(self, event: npt.NDArray[np.void], result: StepResult | None) -> None:
+    def apply(self, event: EventRow, result: StepResult | None) -> None:
         """Take over one event of a step."""
-        kind = int(event["kind"])
-        self._num_cached = int(event["num_cached"])
-        admit_ns = int(event["admit_ns"])
+        _, kind, finish, token, _, sample_row, self._num_cached, admit_ns = event
         if admit_ns:
             self._queue_s = max(0.0, (admit_ns - self.submit_ns) * 1e-9)
+        sampling = self.request.sampling
         if kind == structs.KT_EVENT_TOKEN:
-            token = int(event["token"])
             self._tokens.append(token)
-            if result is not None and self.request.sampling.num_logprobs >= 0:
-                count = self.request.sampling.num_logprobs
-                self._logprobs.append(_logprob(result, int(event["sample_row"]), token, count))
-            if int(event["finish"]) == structs.KT_FINISH_STOP:
+            if result is not None and sampling.num_logprobs >= 0:
+                self._logprobs.append(_logprob(result, sample_row, token, sampling.num_logprobs))
+            if finish == structs.KT_FINISH_STOP:
                 self._stopped_by = token
         elif kind == structs.KT_EVENT_PROMPT_LOGPROB and result is not None:
             if not self._prompt_started:
                 self._prompt_logprobs.append(None)
                 self._prompt_started = True
-            count = self.request.sampling.prompt_logprobs
-            row = int(event["sample_row"])
-            self._prompt_logprobs.append(_logprob(result, row, int(event["token"]), count))
+            count = sampling.prompt_logprobs
+            self._prompt_logprobs.append(_logprob(result, sample_row, token, count))
         elif kind == structs.KT_EVENT_FINISH:
-            self._finish = _FINISH[int(event["finish"])]
-            if self._finish == "stop" and self._stopped_by is None and self._tokens:
-                self._stopped_by = self._tokens[-1]
+            self._finish = _FINISH[finish]
 
     def fail(self, message: str) -> None:
         """End with an error, whatever the scheduler says later."""
@@ -227,16 +222,16 @@ class EngineService:
 
     def _dispatch(self, delivery: Delivery) -> None:
         touched: dict[int, LiveGeneration] = {}
-        for event in delivery.events:
-            seq_id = int(event["seq_id"])
+        for event in delivery.events.tolist():  # tuples: field access on numpy rows is slow
+            seq_id, kind, finish = event[:3]
             generation = self._living.get(seq_id)
             if generation is None:
                 continue
             generation.apply(event, delivery.result)
             touched[seq_id] = generation
-            if event["kind"] == structs.KT_EVENT_FINISH:
+            if kind == structs.KT_EVENT_FINISH:
                 del self._living[seq_id]
-                if event["finish"] == structs.KT_FINISH_ERROR:
+                if finish == structs.KT_FINISH_ERROR:
                     generation.fail(delivery.failure or "the step failed")
         for generation in touched.values():
             generation.wake()
