@@ -1,0 +1,287 @@
+// pack.cpp: GGUF rows <-> R16 bands. Pure permutations of bits, described in layout.h.
+//
+// Each format is described once, by a function that moves bits between a row's GGUF blocks and a
+// tile; the template parameter says in which direction. So unpack is the inverse of pack by
+// construction. Destinations are zeroed first, because words are put together by OR.
+#include "kernels/pack.h"
+
+#include <cstring>
+
+#include "kernels/kernels.h"
+#include "kernels/layout.h"
+
+namespace kt {
+namespace {
+
+uint32_t load32(const uint8_t* p) {
+  uint32_t value;
+  std::memcpy(&value, p, 4);
+  return value;
+}
+void store32(uint8_t* p, uint32_t value) { std::memcpy(p, &value, 4); }
+
+// Moves the bits of `mask` at bit `gguf_shift` of four GGUF bytes from or to bit `tile_shift` of
+// a tile word.
+template <bool kPack>
+inline void move_word(uint8_t* gguf, int gguf_shift, uint32_t mask, uint8_t* tile, int tile_shift) {
+  if constexpr (kPack) {
+    store32(tile, load32(tile) | ((load32(gguf) >> gguf_shift) & mask) << tile_shift);
+  } else {
+    store32(gguf, load32(gguf) | ((load32(tile) >> tile_shift) & mask) << gguf_shift);
+  }
+}
+
+template <bool kPack>
+inline void move_bytes(uint8_t* gguf, uint8_t* tile, size_t count) {
+  if constexpr (kPack) {
+    std::memcpy(tile, gguf, count);
+  } else {
+    std::memcpy(gguf, tile, count);
+  }
+}
+
+constexpr uint32_t kNibbles = 0x0f0f0f0fu;
+constexpr uint32_t kPairs = 0x03030303u;
+constexpr uint32_t kBits = 0x01010101u;
+
+// Word of 4 columns, group g = k / 4 counted from the first column of the nibble plane.
+inline uint8_t* nibble_word(uint8_t* tile, int g, int row) {
+  return tile + g / 2 * 64 + row * 4;
+}
+
+// Nibbles of one 32-block whose low nibbles are columns 0..15 and high nibbles 16..31.
+template <bool kPack>
+void move_nibbles32(uint8_t* qs, uint8_t* lines, int row) {
+  for (int g = 0; g < 8; ++g) {
+    move_word<kPack>(qs + g % 4 * 4, g / 4 * 4, kNibbles, nibble_word(lines, g, row), 4 * (g & 1));
+  }
+}
+
+// Nibbles of a Q4_K or Q5_K block: 64 columns share 32 bytes.
+template <bool kPack>
+void move_nibbles_k(uint8_t* qs, uint8_t* lines, int row) {
+  for (int g = 0; g < 64; ++g) {
+    move_word<kPack>(qs + g / 16 * 32 + g % 8 * 4, g % 16 / 8 * 4, kNibbles,
+                     nibble_word(lines, g, row), 4 * (g & 1));
+  }
+}
+
+// Top bits of a 32-block: bit k of a word <-> bit k / 4 of byte k % 4.
+template <bool kPack>
+void move_bits32(uint8_t* high, uint8_t* line, int row) {
+  uint8_t* word = line + row * 4;
+  uint32_t from = load32(kPack ? high : word), to = 0;
+  for (int k = 0; k < 32; ++k) {
+    const int spread = k / 4 + 8 * (k % 4);
+    to |= kPack ? ((from >> k) & 1u) << spread : ((from >> spread) & 1u) << k;
+  }
+  store32(kPack ? word : high, to);
+}
+
+// The f16 fields of the rows of a tile stand side by side.
+template <bool kPack>
+void move_half(uint8_t* gguf, uint8_t* halves, int row) {
+  move_bytes<kPack>(gguf, halves + row * 2, 2);
+}
+
+// A row's byte table (scales): byte i of the row <-> row `row` of plane i.
+template <bool kPack>
+void move_planes(uint8_t* gguf, uint8_t* planes, int count, int row) {
+  for (int i = 0; i < count; ++i) move_bytes<kPack>(gguf + i, planes + i * 16 + row, 1);
+}
+
+// One 32-block type; nb blocks in this tile.
+template <bool kPack>
+void move_legacy(int32_t type, uint8_t* block, int nb, uint8_t* tile, int row) {
+  for (int b = 0; b < nb; ++b) {
+    switch (type) {
+      case kQ8_0:
+        for (int g = 0; g < 8; ++g) {
+          move_bytes<kPack>(block + 2 + 4 * g, tile + (b * 8 + g) * 64 + row * 4, 4);
+        }
+        move_half<kPack>(block, tile + nb * 512 + b * 32, row);
+        block += 34;
+        break;
+      case kQ4_0:
+      case kIQ4_NL:
+        move_nibbles32<kPack>(block + 2, tile + b * 256, row);
+        move_half<kPack>(block, tile + nb * 256 + b * 32, row);
+        block += 18;
+        break;
+      case kQ4_1:
+        move_nibbles32<kPack>(block + 4, tile + b * 256, row);
+        move_half<kPack>(block, tile + nb * 256 + b * 32, row);
+        move_half<kPack>(block + 2, tile + nb * 288 + b * 32, row);
+        block += 20;
+        break;
+      case kQ5_0:
+        move_nibbles32<kPack>(block + 6, tile + b * 256, row);
+        move_bits32<kPack>(block + 2, tile + nb * 256 + b * 64, row);
+        move_half<kPack>(block, tile + nb * 320 + b * 32, row);
+        block += 22;
+        break;
+      case kQ5_1:
+        move_nibbles32<kPack>(block + 8, tile + b * 256, row);
+        move_bits32<kPack>(block + 4, tile + nb * 256 + b * 64, row);
+        move_half<kPack>(block, tile + nb * 320 + b * 32, row);
+        move_half<kPack>(block + 2, tile + nb * 352 + b * 32, row);
+        block += 24;
+        break;
+      default:  // MXFP4
+        move_nibbles32<kPack>(block + 1, tile + b * 256, row);
+        move_bytes<kPack>(block, tile + nb * 256 + b * 16 + row, 1);
+        block += 17;
+        break;
+    }
+  }
+}
+
+template <bool kPack>
+void move_q4_k(uint8_t* block, uint8_t* tile, int row) {
+  move_nibbles_k<kPack>(block + 16, tile, row);
+  move_planes<kPack>(block + 4, tile + 2048, 12, row);
+  move_half<kPack>(block, tile + 2240, row);
+  move_half<kPack>(block + 2, tile + 2272, row);
+}
+
+template <bool kPack>
+void move_q5_k(uint8_t* block, uint8_t* tile, int row) {
+  move_nibbles_k<kPack>(block + 48, tile, row);
+  for (int g = 0; g < 64; ++g) {  // bit b of high byte l is column 32 b + l
+    move_word<kPack>(block + 16 + g % 8 * 4, g / 8, kBits, tile + 2048 + g / 8 * 64 + row * 4,
+                     g % 8);
+  }
+  move_planes<kPack>(block + 4, tile + 2560, 12, row);
+  move_half<kPack>(block, tile + 2752, row);
+  move_half<kPack>(block + 2, tile + 2784, row);
+}
+
+// halves: the d of this tile, before the first tile of the band.
+template <bool kPack>
+void move_q6_k(uint8_t* block, uint8_t* halves, uint8_t* tile, int row) {
+  for (int g = 0; g < 64; ++g) {
+    const int half = g / 32, quarter = g % 32 / 8, l = g % 8 * 4;
+    move_word<kPack>(block + half * 64 + (quarter & 1) * 32 + l, 4 * (quarter >> 1), kNibbles,
+                     nibble_word(tile, g, row), 4 * (g & 1));
+    move_word<kPack>(block + 128 + half * 32 + l, 2 * quarter, kPairs,
+                     tile + 2048 + g / 4 * 64 + row * 4, 2 * (g % 4));
+  }
+  move_planes<kPack>(block + 192, tile + 3072, 16, row);
+  move_half<kPack>(block + 208, halves, row);
+}
+
+template <bool kPack>
+void move_iq4_xs(uint8_t* block, uint8_t* tile, int row) {
+  for (int b = 0; b < 8; ++b) move_nibbles32<kPack>(block + 8 + 16 * b, tile + 256 * b, row);
+  move_planes<kPack>(block + 4, tile + 2048, 4, row);
+  move_half<kPack>(block, tile + 2112, row);
+  move_half<kPack>(block + 2, tile + 2144, row);
+}
+
+// Moves one row's blocks of one tile.
+template <bool kPack>
+void move_tile(int32_t type, int32_t cols, uint8_t* block, uint8_t* band, int32_t tile_idx,
+               int32_t row) {
+  uint8_t* tile = band + band_header(type, cols) + tile_idx * tile_bytes(type);
+  switch (type) {
+    case kQ4_K: return move_q4_k<kPack>(block, tile, row);
+    case kQ5_K: return move_q5_k<kPack>(block, tile, row);
+    case kQ6_K: return move_q6_k<kPack>(block, band + tile_idx * 32, tile, row);
+    case kIQ4_XS: return move_iq4_xs<kPack>(block, tile, row);
+    default: {
+      const int left = (cols - tile_idx * kTileCols) / 32;
+      return move_legacy<kPack>(type, block, left < 8 ? left : 8, tile, row);
+    }
+  }
+}
+
+template <bool kPack>
+void move_row(int32_t type, int32_t cols, uint8_t* src, uint8_t* band, int32_t row) {
+  const TypeTraits* traits = type_traits(type);
+  const int64_t row_bytes = static_cast<int64_t>(cols) / traits->block_size * traits->block_bytes;
+  if (type == kF32) {
+    for (int32_t k = 0; k < cols; ++k) {
+      move_bytes<kPack>(src + 4 * k, band + 64 * static_cast<int64_t>(k) + 4 * row, 4);
+    }
+  } else if (type == kF16) {
+    for (int32_t k = 0; k < cols; ++k) {
+      move_bytes<kPack>(src + 2 * k, band + 32 * static_cast<int64_t>(k) + 2 * row, 2);
+    }
+  } else if (type == kBF16) {
+    for (int32_t k = 0; k < cols; ++k) {
+      move_bytes<kPack>(src + 2 * k, band + 64 * static_cast<int64_t>(k / 2) + 4 * row + 2 * (k & 1),
+                        2);
+    }
+  } else if (tile_bytes(type) == 0) {
+    move_bytes<kPack>(src, band + row * row_bytes, static_cast<size_t>(row_bytes));
+  } else {
+    const int64_t tile_row_bytes = kTileCols / traits->block_size * traits->block_bytes;
+    for (int32_t tile = 0; tile * kTileCols < cols; ++tile) {
+      move_tile<kPack>(type, cols, src + tile * tile_row_bytes, band, tile, row);
+    }
+  }
+}
+
+}  // namespace
+
+bool has_tiles(int32_t type) { return tile_bytes(type) != 0; }
+
+int64_t act_row_bytes(ActKind kind, int32_t cols) {
+  return kind == kActQ8 ? round_up(act_layout(cols).end, 64)
+                        : round_up(static_cast<int64_t>(cols) * 4, 64);
+}
+
+int64_t multiply_scratch_bytes(int32_t cols) {
+  // A decoded tile (256 columns of 16 rows: bytes, scales and mins) or one row as f32.
+  const int64_t row = round_up(static_cast<int64_t>(cols) * 4 + 1024, 64);
+  return row < 16384 ? 16384 : row;
+}
+
+bool matrix_format(int32_t type, int32_t cols, ActKind* act, int64_t* band_bytes) {
+  const TypeTraits* traits = type_traits(type);
+  if (traits == nullptr || cols <= 0 || cols % traits->block_size != 0) return false;
+  const int64_t row_bytes = static_cast<int64_t>(cols) / traits->block_size * traits->block_bytes;
+  // An odd last column of BF16 still takes a whole line of pairs.
+  const int64_t bytes =
+      type == kBF16 ? (static_cast<int64_t>(cols) + 1) / 2 * 64
+                    : round_up(kBandRows * row_bytes +
+                                   (type == kQ6_K ? band_header(type, cols) - cols / 256 * 32 : 0),
+                               64);
+  *act = type == kF32 || type == kF16 || type == kBF16 ? kActF32 : kActQ8;
+  *band_bytes = bytes;
+  return true;
+}
+
+void pack_band(int32_t type, int32_t cols, const uint8_t* src, int64_t row_bytes, int32_t num_rows,
+               uint8_t* band) {
+  ActKind act;
+  int64_t band_bytes = 0;
+  if (!matrix_format(type, cols, &act, &band_bytes)) return;
+  std::memset(band, 0, static_cast<size_t>(band_bytes));
+  for (int32_t row = 0; row < num_rows; ++row) {
+    // Packing only reads through this pointer (kPack is a template parameter of one body).
+    move_row<true>(type, cols, const_cast<uint8_t*>(src + row * row_bytes), band, row);
+  }
+}
+
+void unpack_band(int32_t type, int32_t cols, const uint8_t* band, int64_t row_bytes,
+                 int32_t num_rows, uint8_t* dst) {
+  const TypeTraits* traits = type_traits(type);
+  if (traits == nullptr) return;
+  const int64_t used = static_cast<int64_t>(cols) / traits->block_size * traits->block_bytes;
+  for (int32_t row = 0; row < num_rows; ++row) {
+    std::memset(dst + row * row_bytes, 0, static_cast<size_t>(used));
+    move_row<false>(type, cols, dst + row * row_bytes, const_cast<uint8_t*>(band), row);
+  }
+}
+
+void unpack_tile(int32_t type, int32_t cols, const uint8_t* band, int32_t tile, int32_t row,
+                 uint8_t* blocks) {
+  const TypeTraits* traits = type_traits(type);
+  const int32_t left = cols - tile * kTileCols;
+  const int32_t count = (left < kTileCols ? left : kTileCols) / traits->block_size;
+  std::memset(blocks, 0, static_cast<size_t>(count * traits->block_bytes));
+  move_tile<false>(type, cols, blocks, const_cast<uint8_t*>(band), tile, row);
+}
+
+}  // namespace kt
