@@ -190,7 +190,7 @@ def assign_buffers(
         out = op.out
         for position in op.in_place:
             candidate = op.inputs[position]
-            if candidate is not None and id(candidate) in dying and candidate.width == out.width:
+            if candidate is not None and id(candidate) in dying and _same_rows(candidate, out):
                 out.buffer = candidate.buffer
                 del dying[id(candidate)]
                 break
@@ -199,6 +199,10 @@ def assign_buffers(
             out.buffer = pool.pop() if pool else new_buffer(out.width, out.by_sample)
         for value in dying.values():
             free.setdefault((value.width, value.by_sample), []).append(value.buffer)
+
+
+def _same_rows(a: Value, b: Value) -> bool:
+    return (a.width, a.by_sample) == (b.width, b.by_sample)
 
 
 def rope_frequencies(rope: RopeSpec) -> tuple[np.ndarray, float]:
