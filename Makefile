@@ -1,15 +1,117 @@
-# Developer and user commands; `make help` lists them.
+# Commands for users and developers; `make help` lists them. Everything is made in this folder:
+# .venv (packages), build/ (objects), kt_async/ffi/libkt.so (the library).
+# VENV=DIR uses an existing environment as it is; ARGS="..." is passed on to the program.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 BUILD ?= build/native
 SAN ?=
+ARGS ?=
+CXX ?= c++
+SOURCES = $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+PY = PYTHONPATH=. $(BIN)/python
 
-.PHONY: help native
+.DELETE_ON_ERROR:
+.PHONY: help setup setup-dev serve test test-all native bench bench-kernels lint format types size \
+  san fuzz wheel clean check-tools
+
 help: ## print this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-native: ## build the native library into kt_async/ffi (incremental)
+# ---- environment: two stamps, so that `make serve` needs no test tools
+
+RUN_STAMP = $(VENV)/.ready-run
+DEV_STAMP = $(VENV)/.ready-dev
+ifeq ($(origin VENV),file)
+setup: $(RUN_STAMP) ## create .venv with what the server needs (done by the others when needed)
+setup-dev: $(DEV_STAMP) ## ... and with the tools of tests and lint
+else
+setup setup-dev:
+endif
+
+# $(1): extras to install beside the dependencies; the names come from pyproject.toml.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Try: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || { echo "== creating $(VENV)"; $(PYTHON) -m venv $(VENV) || \
+	  { echo "Cannot create $(VENV); on Debian/Ubuntu: apt-get install python3-venv"; exit 1; }; }
+	@echo "== installing packages into $(VENV) (torch is large; needed once)"
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  x = p["optional-dependencies"]; print(*p["dependencies"], *sum((x[e] for e in "$(1)".split()), []), \
+	  "cmake", "ninja", sep="\n")' > $(VENV)/requirements.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on \
+	  -r $(VENV)/requirements.txt -c .ci/constraints.txt
+	@touch $@
+endef
+
+$(RUN_STAMP): pyproject.toml .ci/constraints.txt
+	$(call install,)
+$(DEV_STAMP): pyproject.toml .ci/constraints.txt
+	$(call install,dev uvloop)
+	@touch $(RUN_STAMP)
+
+check-tools:
+	@command -v $(CXX) >/dev/null || { echo "No C++ compiler ($(CXX)) found; install one and run \
+	again (Debian/Ubuntu: apt-get install g++)."; exit 1; }
+
+# ---- what people run
+
+serve: native ## set everything up and serve the demo model on port 10002 (ARGS="model.gguf ...")
+	@echo "== starting the server: python -m kt_async $(ARGS)"
+	@$(PY) -m kt_async $(ARGS)
+
+test: setup-dev native ## every test that needs no GPU; skips are listed at the end
+	@$(PY) -m pytest -m "not gpu" $(ARGS)
+
+test-all: setup-dev native ## every test, GPU included
+	@$(PY) -m pytest $(ARGS)
+
+native: check-tools setup ## build the native library into kt_async/ffi (incremental)
+	@test -f $(BUILD)/build.ninja || echo "== building the native library (first time: about a minute)"
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S native -B $(BUILD) -G Ninja -DKT_SAN=$(SAN) >/dev/null
 	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)
-	@cp -f $(BUILD)/libkt.so kt_async/ffi/libkt.so
+	@cmp -s $(BUILD)/libkt.so kt_async/ffi/libkt.so || \
+	  { cp -f $(BUILD)/libkt.so kt_async/ffi/libkt.new && mv -f kt_async/ffi/libkt.new kt_async/ffi/libkt.so; }
+
+bench: setup-dev native ## start a server and measure it: table, JSON lines, plots in results/
+	@$(PY) bench/run.py $(ARGS)
+
+bench-kernels: setup-dev native ## kernels against the memory bandwidth and peak of this machine
+	@$(PY) bench/kernels.py $(ARGS)
+
+# ---- what developers run
+
+lint: setup-dev types ## format check, ruff, mypy, clang-format
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+format: setup-dev ## rewrite sources in the house format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/clang-format -i $(SOURCES)
+
+types: setup-dev ## mypy --strict
+	@$(BIN)/mypy
+
+size: ## lines per folder
+	@git ls-files '*.py' '*.cpp' '*.h' '*.inl' '*.cu' | xargs wc -l | grep -v ' total$$' | \
+	  awk '{ n = split($$2, p, "/"); d = n > 2 ? p[1] "/" p[2] : p[1]; s[d] += $$1; t += $$1 } \
+	  END { for (d in s) printf "%7d %s\n", s[d], d; printf "%7d total\n", t }' | sort -k2
+
+san: setup-dev ## the native tests under address and undefined-behaviour sanitizers
+	@cp -f kt_async/ffi/libkt.so build/libkt.plain.so 2>/dev/null || true
+	@$(MAKE) --no-print-directory native VENV=$(VENV) BUILD=build/san SAN=address,undefined
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONMALLOC=malloc $(PY) -m pytest -q -p no:randomly tests/native $(ARGS); rc=$$?; \
+	  cp -f build/libkt.plain.so kt_async/ffi/libkt.so; exit $$rc
+
+fuzz: setup-dev native ## random GGUF files, HTTP bodies and schedules, for longer than `make test`
+	@$(PY) -m pytest tests/fuzz -m "not gpu" --timeout 0 --hypothesis-profile=long $(ARGS)
+
+wheel: setup-dev ## build the wheel into dist/
+	@$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps -w dist .
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist results *.egg-info kt_async/ffi/libkt.so .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
