@@ -1,0 +1,238 @@
+// The scheduler behind the C ABI: argument checks, the hand-over from submitting threads to the
+// engine thread, and the poisoned state after a broken invariant.
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "base/error.h"
+#include "base/ring.h"
+#include "kt.h"
+#include "sched/scheduler.h"
+
+namespace {
+
+// One message of a submitting thread: a new sequence, or the id of one to cancel.
+struct Message {
+  std::unique_ptr<kt::sched::Sequence> seq;
+  uint64_t cancel_id = 0;
+};
+
+}  // namespace
+
+// DESIGN
+//  core        engine thread only.
+//  ring        its lock also guards living, num_waiting, counters: submit refuses a living id and a
+//              full queue without waiting for the engine, which updates them after plan and commit.
+struct kt_sched {
+  explicit kt_sched(const kt_sched_config& c) : config(c), core(c) { stats = core.stats(); }
+
+  const kt_sched_config config;
+  kt::sched::Scheduler core;
+  std::vector<Message> taken;  // engine thread's scratch
+  bool is_poisoned = false;    // engine thread
+
+  kt::Ring<Message> ring;
+  std::unordered_set<uint64_t> living;  // submitted and not ended
+  int32_t num_waiting = 0;              // never admitted yet
+  uint64_t num_rejected = 0;
+  kt_sched_stats stats = {};
+};
+
+namespace {
+
+using kt::guard;
+
+void publish(kt_sched& s) {
+  const std::vector<uint64_t> ended = s.core.take_ended();
+  const int32_t dequeued = s.core.take_dequeued();
+  const kt_sched_stats stats = s.core.stats();
+  s.ring.locked([&] {
+    for (const uint64_t id : ended) {
+      s.living.erase(id);
+    }
+    s.num_waiting -= dequeued;
+    s.stats = stats;
+  });
+}
+
+// Runs an engine-thread call; anything but a refused argument or order of calls breaks the handle.
+template <class Body>
+int32_t run(kt_sched* s, Body&& body) {
+  return guard([&] {
+    kt::require_handle(s, "sched");
+    if (s->is_poisoned) {
+      kt::fail_internal("the scheduler has failed before");
+    }
+    try {
+      return body(*s);
+    } catch (const kt::Error& error) {
+      s->is_poisoned = error.status == KT_ERR_INTERNAL;
+      throw;
+    } catch (...) {
+      s->is_poisoned = true;
+      throw;
+    }
+  });
+}
+
+void take_messages(kt_sched& s) {
+  s.ring.take_all(s.taken, [] {});
+  for (Message& message : s.taken) {
+    if (message.seq) {
+      s.core.add(std::move(message.seq));
+    } else {
+      s.core.cancel(message.cancel_id);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t kt_sched_create(const kt_sched_config* config, kt_sched** out) {
+  return guard([&] {
+    kt::require_handle(out, "out");
+    kt::require_struct(config, "config");
+    kt::sched::check_config(*config);
+    *out = new kt_sched(*config);
+    return KT_OK;
+  });
+}
+
+int32_t kt_sched_destroy(kt_sched* sched) {
+  delete sched;
+  return KT_OK;
+}
+
+int32_t kt_sched_layout(const kt_sched* sched, kt_block_layout* out) {
+  return guard([&] {
+    kt::require_handle(sched, "sched");
+    kt::require_struct(out, "out");
+    *out = sched->core.layout();
+    return KT_OK;
+  });
+}
+
+int32_t kt_sched_submit(kt_sched* sched, const kt_request* request, int64_t now_ns) {
+  return guard([&] {
+    kt::require_handle(sched, "sched");
+    kt::require_struct(request, "request");
+    kt_sched& s = *sched;
+    Message message;
+    message.seq = kt::sched::make_sequence(s.config, *request, now_ns);
+    const uint64_t seq_id = request->seq_id;
+    bool is_known = false;
+    const bool accepted = s.ring.push(std::move(message), [&] {
+      is_known = s.living.count(seq_id) > 0;
+      if (is_known) {
+        return false;
+      }
+      if (s.num_waiting >= s.config.max_queue) {
+        s.num_rejected += 1;
+        return false;
+      }
+      s.living.insert(seq_id);
+      s.num_waiting += 1;
+      return true;
+    });
+    if (is_known) {
+      kt::fail_argument("seq_id " + std::to_string(seq_id) + " names a living sequence");
+    }
+    return accepted ? KT_OK : KT_FULL;
+  });
+}
+
+int32_t kt_sched_cancel(kt_sched* sched, uint64_t seq_id) {
+  return guard([&] {
+    kt::require_handle(sched, "sched");
+    Message message;
+    message.cancel_id = seq_id;
+    // An unknown id would only wake the engine for nothing.
+    sched->ring.push(std::move(message), [&] { return sched->living.count(seq_id) > 0; });
+    return KT_OK;
+  });
+}
+
+int32_t kt_sched_wait(kt_sched* sched, int64_t timeout_ns) {
+  return run(sched, [&](kt_sched& s) {
+    if (s.core.has_work()) {
+      return KT_OK;
+    }
+    switch (s.ring.wait(timeout_ns)) {
+      case kt::WaitResult::kReady:
+        return KT_OK;
+      case kt::WaitResult::kWoken:
+        return KT_IDLE;
+      default:
+        return KT_TIMEOUT;
+    }
+  });
+}
+
+int32_t kt_sched_wake(kt_sched* sched) {
+  return guard([&] {
+    kt::require_handle(sched, "sched");
+    sched->ring.wake();
+    return KT_OK;
+  });
+}
+
+int32_t kt_sched_plan(kt_sched* sched, int64_t now_ns, void* block, kt_plan* out) {
+  return run(sched, [&](kt_sched& s) {
+    kt::require_handle(block, "block");
+    kt::require_struct(out, "out");
+    take_messages(s);
+    const int32_t status = s.core.plan(now_ns, block, out);
+    publish(s);
+    return status;
+  });
+}
+
+int32_t kt_sched_commit(kt_sched* sched, int64_t now_ns, const int32_t* tokens,
+                        int32_t num_samples) {
+  return run(sched, [&](kt_sched& s) {
+    s.core.commit(now_ns, tokens, num_samples);
+    publish(s);
+    return KT_OK;
+  });
+}
+
+int32_t kt_sched_fail(kt_sched* sched, int64_t now_ns) {
+  return run(sched, [&](kt_sched& s) {
+    s.core.fail(now_ns);
+    publish(s);
+    return KT_OK;
+  });
+}
+
+int32_t kt_sched_drain(kt_sched* sched, kt_event* events, int32_t capacity, int32_t* num_events) {
+  return run(sched, [&](kt_sched& s) {
+    kt::require_handle(num_events, "num_events");
+    if (capacity < 0) {
+      kt::fail_argument("capacity is " + std::to_string(capacity));
+    }
+    if (capacity > 0) {
+      kt::require_handle(events, "events");
+    }
+    *num_events = s.core.drain(events, capacity);
+    return s.core.has_events() ? KT_FULL : KT_OK;
+  });
+}
+
+int32_t kt_sched_query(kt_sched* sched, kt_sched_stats* out) {
+  return guard([&] {
+    kt::require_handle(sched, "sched");
+    kt::require_struct(out, "out");
+    sched->ring.locked([&] {
+      *out = sched->stats;
+      // Sequences that the engine has not taken over yet are waiting too.
+      out->rejected = sched->num_rejected;
+    });
+    return KT_OK;
+  });
+}
+
+}  // extern "C"

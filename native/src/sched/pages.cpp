@@ -1,0 +1,36 @@
+#include "sched/pages.h"
+
+#include <string>
+
+#include "base/error.h"
+
+namespace kt::sched {
+
+PagePool::PagePool(int32_t num_pages) : refs_(static_cast<size_t>(num_pages), 0) {
+  free_.reserve(static_cast<size_t>(num_pages));
+  for (int32_t page = num_pages - 1; page >= 0; --page) {
+    free_.push_back(page);
+  }
+}
+
+int32_t PagePool::take() {
+  if (free_.empty()) {
+    return -1;
+  }
+  const int32_t page = free_.back();
+  free_.pop_back();
+  refs_[static_cast<size_t>(page)] = 1;
+  return page;
+}
+
+void PagePool::release(int32_t page) {
+  int32_t& refs = refs_.at(static_cast<size_t>(page));
+  if (refs <= 0) {
+    fail_internal("page " + std::to_string(page) + " released twice");
+  }
+  if (--refs == 0) {
+    free_.push_back(page);
+  }
+}
+
+}  // namespace kt::sched
