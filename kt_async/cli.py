@@ -26,6 +26,7 @@ from kt_async.options import (
     show,
 )
 from kt_async.retired import OLD_DEAD_SECTIONS, OLD_KEYS, OLD_SECTIONS, RETIRED
+from kt_async.weights.rules import find_rules
 
 ENV_PREFIX: Final = "KT_ASYNC_"
 _EXAMPLES: Final = """examples:
@@ -281,6 +282,11 @@ def _check(found: _Collected, config: Config) -> None:
             f"--chunk_size {config.chunk_size} must be at least --max_batch_size "
             f"{config.max_batch_size}: each running request needs a token in every step."
         )
+    if config.optimize_config_path:
+        try:
+            find_rules(config.optimize_config_path)
+        except ConfigError as error:
+            errors.append(str(error))
     if not _is_device(config.device):
         errors.append(f"--device is {config.device!r}; valid are auto, cpu, cuda and cuda:N.")
     if config.host not in LOOPBACK and not config.api_key:

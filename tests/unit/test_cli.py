@@ -69,7 +69,12 @@ def test_positional_model(model: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, _, _ in options()])
 def test_both_spellings(name: str, model: Path) -> None:
-    samples = {"config": str(model / "c.yaml"), "device": "cpu", "cors_origins": "*"}
+    samples = {
+        "config": str(model / "c.yaml"),
+        "device": "cpu",
+        "cors_origins": "*",
+        "optimize_config_path": "Qwen3Moe-serve.yaml",
+    }
     (model / "c.yaml").write_text("")
     kind, option = next((kind, option) for n, kind, option in options() if n == name)
     value = samples.get(name) or {bool: "true", int: "64", float: "1"}.get(kind)
@@ -175,6 +180,7 @@ def test_all_errors_at_once() -> None:
         ("--demo --gguf_path .", "exclude each other"),
         ("--model_path .", "--gguf_path with the weights is missing"),
         ("--device tpu", "valid are auto, cpu, cuda and cuda:N"),
+        ("--optimize_config_path old/Qwen3Moe-srve.yaml", "did you mean Qwen3Moe-serve.yaml?"),
         ("a b", "Only one model"),
         ("--config /nowhere.yaml", "cannot be read"),
         ("--force_think=maybe", "valid are true and false"),
