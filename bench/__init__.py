@@ -1,0 +1,1 @@
+"""Benchmarks of kt_async; nothing in the product imports them."""
