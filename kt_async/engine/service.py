@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from kt_async.engine.loop import Delivery, EngineLoop
 from kt_async.engine.runner import Runner, StepResult
@@ -137,8 +137,6 @@ class EngineService:
         self._living: dict[int, LiveGeneration] = {}
         self._ids = itertools.count(1)
         self._failure: str | None = None
-        self._is_draining = False
-        self._all_done = asyncio.Event()
         self._started_ns = time.monotonic_ns()
         self._loop = asyncio.get_running_loop()
         self._engine = EngineLoop(scheduler, runner, self._from_engine)
@@ -157,8 +155,6 @@ class EngineService:
     def submit(self, request: GenerationRequest) -> LiveGeneration:
         if self._failure is not None:
             raise RequestError(503, f"the engine has failed: {self._failure}", code="engine_failed")
-        if self._is_draining:
-            raise RequestError(503, "the server is shutting down", code="shutting_down")
         generation = LiveGeneration(self, next(self._ids), request)
         # Registered first: the engine may answer before submit returns.
         self._living[generation.seq_id] = generation
@@ -187,17 +183,9 @@ class EngineService:
         values["engine_host_ns"] = self._engine.host_ns
         return values
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Refuse new work and wait for the running; True when all ended in time."""
-        self._is_draining = True
-        if not self._living:
-            return True
-        self._all_done.clear()
-        try:
-            await asyncio.wait_for(self._all_done.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True
+    def running(self) -> Sequence[int]:
+        """Ids of the sequences that have not ended."""
+        return list(self._living)
 
     def close(self) -> None:
         """Stop the engine thread and free the model; blocks for at most one step."""
@@ -237,8 +225,6 @@ class EngineService:
             generation.wake()
         if delivery.is_fatal:
             self._fail_all(delivery.failure or "unknown failure")
-        if not self._living:
-            self._all_done.set()
 
     def _fail_all(self, message: str) -> None:
         self._failure = message

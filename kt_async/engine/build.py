@@ -1,0 +1,134 @@
+"""Put an engine together: model files and settings -> scheduler, runner and service.
+
+Runs before serving; the order is check everything, say what is needed, then load.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from kt_async.config import Config
+from kt_async.engine.memory import gib, plan_cpu_memory
+from kt_async.engine.runner import CpuLimits, CpuRunner
+from kt_async.engine.types import EngineInfo
+from kt_async.ffi import structs
+from kt_async.ffi.host import HostInfo
+from kt_async.ffi.pool import Pool
+from kt_async.ffi.scheduler import Scheduler
+from kt_async.model.spec import ModelSpec
+from kt_async.resolve import KvSize
+from kt_async.weights.source import ModelFiles
+
+log = logging.getLogger(__name__)
+
+_KV_TYPES = {"f32": structs.KT_KV_F32, "f16": structs.KT_KV_F16, "bf16": structs.KT_KV_BF16}
+_POLICIES = {
+    "FCFS": structs.KT_SCHED_FCFS,
+    "FCFS-single-prefill": structs.KT_SCHED_FCFS_SINGLE_PREFILL,
+}
+# Logit rows beyond one per sequence: how many prompt positions of an echo request one step scores.
+_PROMPT_LOGIT_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """An opened model file and what its header says."""
+
+    files: ModelFiles
+    spec: ModelSpec
+    sample_vocab: int  # ids the sampler may return
+
+    @property
+    def main_type(self) -> str:
+        """The type that holds most of the bytes."""
+        sizes: Counter[str] = Counter()
+        for info in self.files.tensors.values():
+            sizes[info.type_name] += info.num_bytes
+        return sizes.most_common(1)[0][0]
+
+
+def size_kv(model: Model, host: HostInfo, config: Config) -> KvSize:
+    """KV cache for `resolve`: checks that weights and cache fit into memory."""
+    plan = plan_cpu_memory(
+        model.spec,
+        weight_bytes=model.files.total_bytes,
+        available_bytes=host.available_bytes,
+        kv_type=_KV_TYPES[config.kv_dtype],
+        page_size=config.page_size,
+        max_model_len=config.max_model_len,
+        max_batch_size=config.max_batch_size,
+        cache_lens=config.cache_lens or None,
+    )
+    log.info("%s", plan.describe())
+    return KvSize(plan.num_pages * config.page_size, plan.kv_bytes, plan.kv_reason)
+
+
+def make_scheduler(config: Config) -> Scheduler:
+    """The native scheduler for a resolved config."""
+    return Scheduler(
+        structs.sized(
+            structs.SchedConfig,
+            flags=structs.KT_SCHED_PREFIX_CACHE if config.prefix_cache else 0,
+            policy=_POLICIES[config.sched_strategy],
+            max_batch_size=config.max_batch_size,
+            chunk_size=max(config.chunk_size, config.max_batch_size),
+            page_size=config.page_size,
+            num_pages=config.num_pages,
+            max_len=config.max_model_len,
+            max_queue=config.max_queue,
+            max_samples=config.max_batch_size + _PROMPT_LOGIT_ROWS,
+            watermark_pages=-1,
+            queue_timeout_ns=round(config.queue_timeout_s * 1e9),
+            target_itl_ns=round(config.target_itl_ms * 1e6),
+        )
+    )
+
+
+def load_cpu_runner(model: Model, config: Config, scheduler: Scheduler) -> CpuRunner:
+    """Load the weights; takes as long as the disk needs."""
+    begin = time.monotonic()
+    pool = Pool(num_threads=config.cpu_infer, isa=config.isa, pin=config.pin)
+    log.info("%s", pool.describe())
+    layout = scheduler.layout
+    limits = CpuLimits(
+        max_tokens=layout.max_tokens,
+        max_rows=layout.max_rows,
+        max_samples=layout.max_samples,
+        page_size=config.page_size,
+        num_pages=config.num_pages,
+        kv_type=_KV_TYPES[config.kv_dtype],
+        sample_vocab=model.sample_vocab,
+    )
+    runner = CpuRunner(model.files, model.spec, pool, limits)
+    seconds = max(time.monotonic() - begin, 1e-3)
+    size = model.files.total_bytes
+    log.info("loaded %s in %.1f s (%.2f GB/s)", gib(size), seconds, size / seconds * 1e-9)
+    return runner
+
+
+def engine_info(model: Model, config: Config) -> EngineInfo:
+    """What /v1/models and /health say about the model."""
+    spec = model.spec
+    details: dict[str, Any] = {
+        "architecture": spec.architecture,
+        "quantization": model.main_type,
+        "size_bytes": model.files.total_bytes,
+        "num_layers": spec.num_layers,
+        "num_experts": spec.num_experts,
+        "experts_per_token": spec.top_k,
+        "device": config.device,
+        "kv_dtype": config.kv_dtype,
+        "kv_cache_tokens": config.cache_lens,
+    }
+    return EngineInfo(
+        model_name=config.model_name,
+        architecture=spec.architecture,
+        max_model_len=config.max_model_len,
+        vocab_size=model.sample_vocab,
+        created=int(time.time()),
+        details=details,
+    )

@@ -1,0 +1,170 @@
+"""Start-up and shutdown of the server: model file -> engine -> HTTP, and back.
+
+Start-up binds the port first (a taken one must not cost a load), checks everything, then loads.
+Shutdown on SIGTERM or SIGINT: refuse new requests, let running ones finish, stop the engine; a
+second signal ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiohttp import web
+
+from kt_async.api.app import ApiSettings, drain, make_app, make_runner
+from kt_async.config import Config
+from kt_async.demo import demo_model_path
+from kt_async.engine.build import Model, engine_info, load_cpu_runner, make_scheduler, size_kv
+from kt_async.engine.service import EngineService
+from kt_async.errors import ConfigError
+from kt_async.ffi.host import query_host
+from kt_async.model import FORWARDS
+from kt_async.model.spec import spec_from_gguf
+from kt_async.model.tensors import check_tensors
+from kt_async.resolve import HostFacts, ModelFacts, resolve
+from kt_async.text.template import ChatTemplate, load_template
+from kt_async.text.tokenizer import Tokenizer, load_tokenizer
+from kt_async.weights.source import open_model
+
+log = logging.getLogger(__name__)
+
+# The engine thread and the event loop share the GIL; the default of 5 ms would let one of them
+# hold up the other for whole decode steps.
+_SWITCH_INTERVAL_S = 5e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything known before the weights are loaded."""
+
+    config: Config
+    model: Model
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+
+def prepare(raw: Config) -> Prepared:
+    """Open the model, resolve the settings, build the text tools. Raises ConfigError."""
+    path = Path(raw.gguf_path) if raw.gguf_path else demo_model_path()
+    files = open_model(path)
+    spec = spec_from_gguf(files)
+    if spec.architecture not in FORWARDS:
+        raise ConfigError(
+            f"{files.path}: architecture {spec.architecture} is not served; "
+            f"supported are {', '.join(sorted(FORWARDS))}"
+        )
+    check_tensors(spec, files)
+    model_path = Path(raw.model_path) if raw.model_path else None
+    tokenizer = load_tokenizer(files, model_path)
+    template_file = Path(raw.chat_template) if raw.chat_template else None
+    template = load_template(files, tokenizer, model_path, template_file)
+    model = Model(files, spec, sample_vocab(tokenizer, spec.vocab_size))
+    host = query_host()
+    facts = ModelFacts(spec.name, spec.architecture, spec.max_context, model.main_type)
+    machine = HostFacts(num_cpus=host.num_cpus, num_cores=host.num_cores)
+    config = resolve(raw, facts, machine, lambda config: size_kv(model, host, config))
+    return Prepared(config, model, tokenizer, template)
+
+
+def sample_vocab(tokenizer: Tokenizer, vocab_size: int) -> int:
+    """How many leading ids may be sampled: the padding at the vocabulary's end may not."""
+    end = min(tokenizer.vocab_size, vocab_size)
+    unused = tokenizer.unused_ids
+    while end > 1 and end - 1 in unused:
+        end -= 1
+    return end
+
+
+def bind(config: Config) -> socket.socket:
+    """Take the port before anything slow. Raises ConfigError when it is taken."""
+    try:
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        raise ConfigError(
+            f"--host {config.host} --port {config.port}: cannot listen there ({error.strerror})"
+        ) from error
+    return listener
+
+
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """TLS when a certificate is configured."""
+    if not config.ssl_certfile:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile or None)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"--ssl_certfile {config.ssl_certfile}: {error}") from error
+    return context
+
+
+def api_settings(config: Config) -> ApiSettings:
+    """The HTTP layer's share of the settings."""
+    optional: Mapping[str, tuple[str, ...]] = (
+        {"cors_origins": config.cors_origins} if config.cors_origins else {}
+    )
+    return ApiSettings(
+        model_name=config.model_name,
+        api_keys=(config.api_key,) if config.api_key else (),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        force_think=config.force_think,
+        strict_model=config.strict_model,
+        **optional,
+    )
+
+
+async def serve(raw: Config) -> None:
+    """Serve until a signal. Raises ConfigError before serving starts."""
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    tls = tls_context(raw)
+    listener = bind(raw)
+    ready = prepare(raw)
+    config = ready.config
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    scheduler = make_scheduler(config)
+    runner = load_cpu_runner(ready.model, config, scheduler)
+    service = EngineService(scheduler, runner, engine_info(ready.model, config))
+    app = make_app(service, ready.tokenizer, ready.template, api_settings(config))
+    http = make_runner(app)
+    await http.setup()
+    service.start()
+    await web.SockSite(http, listener, ssl_context=tls).start()
+    host, port = listener.getsockname()[:2]
+    scheme = "https" if tls else "http"
+    log.info("ready: %s on %s://%s:%d", config.model_name, scheme, host, port)
+    try:
+        await _wait_for_signal()
+        log.info("stopping: waiting for %d requests", len(service.running()))
+        if not await drain(app, config.shutdown_timeout_s):
+            log.warning("requests still running after %g s were ended", config.shutdown_timeout_s)
+    finally:
+        await http.cleanup()
+        service.close()
+        ready.model.files.close()
+    log.info("stopped")
+
+
+async def _wait_for_signal() -> None:
+    """Return at the first SIGTERM or SIGINT; the second one has its default effect."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
