@@ -44,8 +44,7 @@ class TypeInfo:
 
 def type_info(ggml_type: int) -> TypeInfo:
     """Describe a ggml type number. Raises NativeError (KT_ERR_UNSUPPORTED) when it is unknown."""
-    info = structs.TypeInfo()
-    info.struct_size = ctypes.sizeof(info)
+    info = structs.sized(structs.TypeInfo)
     lib.check(lib.load().kt_type_query(ggml_type, ctypes.byref(info)))
     return TypeInfo(
         info.type, info.name.decode(), info.block_size, info.block_bytes, info.has_kernel
@@ -75,7 +74,7 @@ class Matrix:
 
     def __init__(
         self,
-        pool: PoolHandle | None,
+        pool: PoolHandle,
         ggml_type: int,
         data: npt.NDArray[np.generic],
         rows: int,
@@ -83,19 +82,22 @@ class Matrix:
         num_experts: int = 1,
     ) -> None:
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        tensor = structs.Tensor()
-        tensor.struct_size = ctypes.sizeof(tensor)
-        tensor.type = ggml_type
-        tensor.num_experts, tensor.rows, tensor.cols = num_experts, rows, cols
-        tensor.num_bytes = raw.size
-        tensor.data = raw.ctypes.data
+        tensor = structs.sized(
+            structs.Tensor,
+            type=ggml_type,
+            num_experts=num_experts,
+            rows=rows,
+            cols=cols,
+            num_bytes=raw.size,
+            data=raw.ctypes.data,
+        )
         self.rows, self.cols, self.num_experts = rows, cols, num_experts
         self.num_bytes = raw.size
         self._pool = pool  # must outlive the handle
         self.handle = ctypes.c_void_p()
         lib.check(
             lib.load().kt_matrix_create(
-                pool.handle if pool else None, ctypes.byref(tensor), ctypes.byref(self.handle)
+                pool.handle, ctypes.byref(tensor), ctypes.byref(self.handle)
             )
         )
 

@@ -1,7 +1,7 @@
 // Entry points for tensor types and single packed matrices (tests, benchmarks, kt_experts_multiply).
 #include <cstring>
+#include <memory>
 #include <string>
-#include <vector>
 
 #include "abi/matrix_handle.h"
 #include "base/error.h"
@@ -18,10 +18,59 @@ const TypeTraits& require_type(int32_t type) {
   return *traits;
 }
 
-uint8_t* allocate(int64_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
-  return static_cast<uint8_t*>(memory);
+// Every expert's bands are split alike, so that the worker that packs a band also multiplies it.
+void pack_all(kt_matrix* matrix, const kt_tensor& tensor, uint8_t* data) {
+  const Matrix& w = matrix->view;
+  Workers& workers = matrix->pool->workers;
+  workers.for_each([&](int32_t worker) {
+    const Range bands = split(w.num_bands, worker, workers.num_threads());
+    for (int64_t expert = 0; expert < w.num_experts; ++expert) {
+      pack_bands(tensor, w, expert * w.num_bands + bands.first, bands.last - bands.first, data);
+    }
+  });
+}
+
+// One band into the result, whose rows are w.rows apart; the last band may be cut off.
+void multiply_into(const MatrixKernels& kernels, const Matrix& w, int32_t expert, int32_t band,
+                   const uint8_t* acts, int32_t num_rows, float* out, float* partial,
+                   void* scratch) {
+  const int64_t stride = act_row_bytes(w.act, w.cols);
+  float* to = out + int64_t{band} * kBandRows;
+  const int32_t count = w.rows - band * kBandRows;
+  if (count >= kBandRows) {
+    kernels.multiply_band(w, expert, band, acts, stride, nullptr, num_rows, to, w.rows, scratch);
+    return;
+  }
+  kernels.multiply_band(w, expert, band, acts, stride, nullptr, num_rows, partial, kBandRows,
+                        scratch);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    std::memcpy(to + i * w.rows, partial + i * kBandRows, static_cast<size_t>(count) * 4);
+  }
+}
+
+void multiply(const kt_matrix& matrix, int32_t expert, const float* x, int32_t num_rows,
+              float* out) {
+  const Matrix& w = matrix.view;
+  Workers& workers = matrix.pool->workers;
+  const MatrixKernels& kernels = *matrix_kernels(workers.isa());
+  const int64_t stride = act_row_bytes(w.act, w.cols);
+  const int64_t scratch_bytes = (multiply_scratch_bytes(w.cols) + 63) / 64 * 64;
+  Arena memory;
+  uint8_t* acts = memory.allocate(stride * num_rows);
+  uint8_t* scratch = memory.allocate(scratch_bytes * workers.num_threads());
+  float* partial = memory.allocate_array<float>(int64_t{kBandRows} * num_rows);
+  workers.for_each([&](int32_t worker) {
+    const Range rows = split(num_rows, worker, workers.num_threads());
+    for (int64_t i = rows.first; i < rows.last; ++i) {
+      kernels.prepare(w.act, x + i * w.cols, w.cols, 0, w.cols, acts + i * stride);
+    }
+    workers.barrier();
+    const Range bands = split(w.num_bands, worker, workers.num_threads());
+    for (int64_t band = bands.first; band < bands.last; ++band) {
+      multiply_into(kernels, w, expert, static_cast<int32_t>(band), acts, num_rows, out, partial,
+                    scratch + worker * scratch_bytes);
+    }
+  });
 }
 
 }  // namespace
@@ -64,15 +113,16 @@ int32_t kt_matrix_create(kt_pool* pool, const kt_tensor* tensor, kt_matrix** out
   return kt::guard([&] {
     kt::require_struct(tensor, "kt_tensor");
     kt::require_handle(out, "out");
+    kt::require_handle(pool, "pool");
+    *out = nullptr;
     auto matrix = std::make_unique<kt_matrix>();
     matrix->pool = pool;
     matrix->view = kt::describe_matrix(*tensor);
     matrix->gguf_bytes = tensor->num_bytes;
-    matrix->data.reset(kt::allocate(matrix->view.expert_bytes * matrix->view.num_experts));
-    matrix->view.data = matrix->data.get();
-    kt::pack_bands(*tensor, matrix->view, 0,
-                   static_cast<int64_t>(matrix->view.num_bands) * matrix->view.num_experts,
-                   matrix->data.get());
+    uint8_t* data =
+        matrix->memory.allocate(matrix->view.expert_bytes * matrix->view.num_experts);
+    matrix->view.data = data;
+    kt::pack_all(matrix.get(), *tensor, data);
     *out = matrix.release();
     return KT_OK;
   });
@@ -121,26 +171,7 @@ int32_t kt_matrix_multiply(const kt_matrix* matrix, int32_t expert, const float*
     if (num_rows == 0) return KT_OK;
     kt::require_handle(x, "x");
     kt::require_handle(out, "out");
-    const kt::MatrixKernels* kernels = kt::matrix_kernels(KT_ISA_SCALAR);
-    const int64_t stride = kt::act_row_bytes(w.act, w.cols);
-    const std::unique_ptr<uint8_t, FreeDeleter> acts(kt::allocate(stride * num_rows));
-    const std::unique_ptr<uint8_t, FreeDeleter> scratch(
-        kt::allocate(kt::multiply_scratch_bytes(w.cols)));
-    const std::unique_ptr<uint8_t, FreeDeleter> block(kt::allocate(64 * int64_t{num_rows}));
-    for (int32_t i = 0; i < num_rows; ++i) {
-      kernels->prepare(w.act, x + int64_t{i} * w.cols, w.cols, 0, w.cols, acts.get() + i * stride);
-    }
-    auto* sums = reinterpret_cast<float*>(block.get());
-    for (int32_t band = 0; band < w.num_bands; ++band) {
-      kernels->multiply_band(w, expert, band, acts.get(), stride, nullptr, num_rows, sums,
-                             kt::kBandRows, scratch.get());
-      const int32_t left = w.rows - band * kt::kBandRows;
-      const int32_t count = left < kt::kBandRows ? left : kt::kBandRows;
-      for (int32_t i = 0; i < num_rows; ++i) {
-        std::memcpy(out + int64_t{i} * w.rows + band * kt::kBandRows, sums + 16 * i,
-                    static_cast<size_t>(count) * 4);
-      }
-    }
+    kt::multiply(*matrix, expert, x, num_rows, out);
     return KT_OK;
   });
 }

@@ -2,20 +2,16 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 
+#include "base/arena.h"
+#include "host/workers.h"
 #include "kernels/kernels.h"
 #include "kt.h"
-
-struct FreeDeleter {
-  void operator()(void* memory) const { std::free(memory); }
-};
 
 // Packed weights and the pool that multiplies them. Immutable after creation.
 struct kt_matrix {
   kt_pool* pool = nullptr;
-  kt::Matrix view;  // view.data points into `data`
-  std::unique_ptr<uint8_t, FreeDeleter> data;
+  kt::Matrix view;  // view.data points into `memory`
+  kt::Arena memory;
   int64_t gguf_bytes = 0;  // size of the source tensor
 };

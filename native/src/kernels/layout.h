@@ -45,7 +45,7 @@ struct ActLayout {
   return {32 * nb, 36 * nb, 40 * nb, 44 * nb, 52 * nb, 60 * nb};
 }
 
-[[maybe_unused]] constexpr int64_t round_up(int64_t value, int64_t unit) {
+[[maybe_unused]] constexpr int64_t align_up(int64_t value, int64_t unit) {
   return (value + unit - 1) / unit * unit;
 }
 
@@ -69,7 +69,7 @@ struct ActLayout {
 
 // Bytes before the first tile of a band.
 [[maybe_unused]] constexpr int64_t band_header(int32_t type, int64_t cols) {
-  return type == kQ6_K ? round_up(cols / kTileCols * 32, 64) : 0;
+  return type == kQ6_K ? align_up(cols / kTileCols * 32, 64) : 0;
 }
 
 }  // namespace

@@ -52,7 +52,7 @@ void prepare(ActKind kind, const float* x, int32_t cols, int32_t first, int32_t 
   std::memcpy(dst + 4 * static_cast<int64_t>(first), x, static_cast<size_t>(count) * 4);
   if (first + count == cols) {  // the tail of the last vector is read by the vector kernels
     const int64_t used = 4 * static_cast<int64_t>(cols);
-    std::memset(dst + used, 0, static_cast<size_t>(round_up(used, 64) - used));
+    std::memset(dst + used, 0, static_cast<size_t>(align_up(used, 64) - used));
   }
 }
 

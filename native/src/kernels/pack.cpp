@@ -227,13 +227,13 @@ void move_row(int32_t type, int32_t cols, uint8_t* src, uint8_t* band, int32_t r
 bool has_tiles(int32_t type) { return tile_bytes(type) != 0; }
 
 int64_t act_row_bytes(ActKind kind, int32_t cols) {
-  return kind == kActQ8 ? round_up(act_layout(cols).end, 64)
-                        : round_up(static_cast<int64_t>(cols) * 4, 64);
+  return kind == kActQ8 ? align_up(act_layout(cols).end, 64)
+                        : align_up(static_cast<int64_t>(cols) * 4, 64);
 }
 
 int64_t multiply_scratch_bytes(int32_t cols) {
   // A decoded tile (256 columns of 16 rows: bytes, scales and mins) or one row as f32.
-  const int64_t row = round_up(static_cast<int64_t>(cols) * 4 + 1024, 64);
+  const int64_t row = align_up(static_cast<int64_t>(cols) * 4 + 1024, 64);
   return row < 16384 ? 16384 : row;
 }
 
@@ -244,7 +244,7 @@ bool matrix_format(int32_t type, int32_t cols, ActKind* act, int64_t* band_bytes
   // An odd last column of BF16 still takes a whole line of pairs.
   const int64_t bytes =
       type == kBF16 ? (static_cast<int64_t>(cols) + 1) / 2 * 64
-                    : round_up(kBandRows * row_bytes +
+                    : align_up(kBandRows * row_bytes +
                                    (type == kQ6_K ? band_header(type, cols) - cols / 256 * 32 : 0),
                                64);
   *act = type == kF32 || type == kF16 || type == kBF16 ? kActF32 : kActQ8;

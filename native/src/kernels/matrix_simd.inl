@@ -1,0 +1,755 @@
+// matrix_simd.inl: the matrix kernels of every SIMD ISA, written over leaf operations V.
+//
+// Included once by each matrix_<isa>.cpp, inside its anonymous namespace, after V is defined.
+// V works on V::kRows output rows at once (lanes = rows): 16 with 512-bit registers, 8 with
+// 256-bit ones, which pass over each tile twice ("half" 0 and 1) while it is in the L1 cache.
+//
+// Arithmetic of one 32-block and one activation row, the same for every m and every ISA:
+//   dot    = exact integer sum of q_w * q_x (per 16 columns for types with 16-column scales)
+//   total  = fma(float(dot), scale_w * scale_x, total)                     32-column scales
+//   total  = fma(fma(float(dot1), s1, float(dot0) * s0), scale_x, total)   16-column scales
+//   total  = fma(-min_w, sum_x, total)                                     types with a min
+// Up to V::kMaxM activation rows stay in registers and the weights are decoded in registers too;
+// for more rows a tile is decoded once to a Decoded block in L1 and reused.
+
+// ---- activations ----
+
+// Scalar tail of prepare: everything but the 32 products of a block.
+inline void store_block_meta(uint8_t* dst, const ActLayout& at, int32_t b, float scale, int32_t s0,
+                             int32_t s1) {
+  const float fields[2] = {scale, scale * static_cast<float>(s0 + s1)};
+  const int32_t off32[2] = {-32 * s0, -32 * s1};
+  const int32_t off128 = -128 * (s0 + s1);
+  const float sum16[2] = {scale * static_cast<float>(s0), scale * static_cast<float>(s1)};
+  __builtin_memcpy(dst + at.scale + 4 * b, &fields[0], 4);
+  __builtin_memcpy(dst + at.sum + 4 * b, &fields[1], 4);
+  __builtin_memcpy(dst + at.off128 + 4 * b, &off128, 4);
+  __builtin_memcpy(dst + at.off32 + 8 * b, off32, 8);
+  __builtin_memcpy(dst + at.sum16 + 8 * b, sum16, 8);
+}
+
+void prepare_q8(const float* x, int32_t cols, int32_t first, int32_t count, uint8_t* dst) {
+  const ActLayout at = act_layout(cols);
+  alignas(64) float padded[32];
+  for (int32_t start = 0; start < count; start += 32) {
+    const float* from = x + start;
+    if (count - start < 32) {
+      __builtin_memset(padded, 0, sizeof(padded));
+      __builtin_memcpy(padded, from, static_cast<size_t>(count - start) * 4);
+      from = padded;
+    }
+    const int32_t b = (first + start) / 32;
+    const float largest = V::max_abs32(from);  // NaN when any input is NaN
+    const float inverse = largest == 0.0f ? 0.0f : 127.0f / largest;
+    int32_t sums[2];
+    V::quantize32(from, inverse, reinterpret_cast<int8_t*>(dst) + 32 * b, sums);
+    store_block_meta(dst, at, b, largest / 127.0f, sums[0], sums[1]);
+  }
+}
+
+void prepare(ActKind kind, const float* x, int32_t cols, int32_t first, int32_t count,
+             uint8_t* dst) {
+  if (kind == kActQ8) {
+    prepare_q8(x, cols, first, count, dst);
+    return;
+  }
+  __builtin_memcpy(dst + 4 * static_cast<int64_t>(first), x, static_cast<size_t>(count) * 4);
+  if (first + count == cols) {
+    const int64_t used = 4 * static_cast<int64_t>(cols);
+    __builtin_memset(dst + used, 0, static_cast<size_t>(align_up(used, 64) - used));
+  }
+}
+
+// ---- formats ----
+// A format class decodes one tile for one half of its rows:
+//   kGroup16   scales per 16 columns (else per 32)      kMin     has mins
+//   kMax       largest stored weight value (unsigned)   kOffset  what was added to make it so
+// pair(b, j, lo, hi): the weights of columns 32 b + 8 j .. +3 (lo) and +4 .. +7 (hi).
+// scale(i) / min(i): i counts the tile's groups of 16 (kGroup16) or 32 columns.
+// With kMax = 255 (8-bit weights) the lines are unsigned with offset 128 when V::kDotU8 (u8 x s8
+// dot products do not saturate), plain signed otherwise.
+
+constexpr int kPrefetch = 4096;  // bytes ahead; 0, 1, 2 and 8 KB were slower (bench/kernels.py)
+
+inline void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0);
+}
+
+template <bool kGroup, bool kHasMin, int kLargest, int kAdded>
+struct Traits {
+  static constexpr bool kGroup16 = kGroup;
+  static constexpr bool kMin = kHasMin;
+  static constexpr int kMax = kLargest;
+  static constexpr int kOffset = kAdded;
+};
+using Unsigned4 = Traits<false, true, 15, 0>;
+using Unsigned5 = Traits<false, true, 31, 0>;
+using Offset4 = Traits<false, false, 15, 8>;
+using Offset5 = Traits<false, false, 31, 16>;
+using Offset6 = Traits<true, false, 63, 32>;
+using Signed8 = Traits<false, false, 255, 128>;
+using Any8 = Traits<true, true, 255, 128>;  // what decode_block gives: any type
+
+inline void split_nibbles(const uint8_t* line, V::I* lo, V::I* hi) {
+  const V::I x = V::load(line);
+  const V::I mask = V::set8(15);
+  prefetch(line);
+  *lo = V::and_(x, mask);
+  *hi = V::and_(V::srl16<4>(x), mask);
+}
+
+// Puts bit p (0..7) of every byte of `bits` at bit 4 of `low`.
+template <int kP>
+inline V::I add_bit4(V::I low, V::I bits) {
+  if constexpr (kP < 4) {
+    return V::or_masked(low, V::sll16<4 - kP>(bits), V::set8(16));
+  } else {
+    return V::or_masked(low, V::srl16<kP - 4>(bits), V::set8(16));
+  }
+}
+
+template <int kJ>
+inline void add_top_bits(V::I bits, V::I* lo, V::I* hi) {
+  *lo = add_bit4<2 * kJ>(*lo, bits);
+  *hi = add_bit4<2 * kJ + 1>(*hi, bits);
+}
+
+// A 16-entry table in every 128-bit lane.
+inline V::I table(const int8_t* values, int add) {
+  alignas(16) int8_t bytes[16];
+  for (int i = 0; i < 16; ++i) bytes[i] = static_cast<int8_t>(values[i] + add);
+  return V::repeat128(bytes);
+}
+
+constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                   1,    13,   25,  38,  53,  69,  89,  113};
+constexpr int8_t kMxfp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+struct Q8_0 : Signed8 {
+  const uint8_t* tile;
+  const uint8_t* d;
+  Q8_0(const uint8_t* at, const uint8_t*, int nb, int half)
+      : tile(at + half * 32), d(at + nb * 512 + half * 16) {
+    for (int i = 0; i < nb * 32; i += 64) prefetch(at + nb * 512 + i);
+  }
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    const uint8_t* line = tile + b * 512 + kJ * 128;
+    prefetch(line);
+    prefetch(line + 64);
+    *lo = V::load(line);
+    *hi = V::load(line + 64);
+    if constexpr (V::kDotU8) {
+      *lo = V::xor_(*lo, V::set8(-128));
+      *hi = V::xor_(*hi, V::set8(-128));
+    }
+  }
+  V::F scale(int b) const { return V::halves(d + b * 32); }
+  V::F min(int) const { return V::zero(); }
+};
+
+// Q4_0, Q4_1 and the tables that replace their linear values.
+template <class T, int kD>
+struct Nibbles : T {
+  const uint8_t* tile;
+  const uint8_t* d;
+  int blocks;
+  Nibbles(const uint8_t* at, const uint8_t*, int nb, int half)
+      : tile(at + half * 32), d(at + nb * kD + half * 16), blocks(nb) {
+    for (int i = 0; i < nb * 32; i += 64) prefetch(at + nb * kD + i);
+  }
+  V::F scale(int b) const { return V::halves(d + b * 32); }
+  V::F min(int b) const {
+    return V::mul(V::halves(d + blocks * 32 + b * 32), V::set_f(-1.0f));
+  }
+};
+
+template <class T>
+struct Q4 : Nibbles<T, 256> {
+  using Nibbles<T, 256>::Nibbles;
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(this->tile + b * 256 + kJ * 64, lo, hi);
+  }
+};
+using Q4_0 = Q4<Offset4>;
+using Q4_1 = Q4<Unsigned4>;
+
+template <class T>
+struct Q5 : Nibbles<T, 320> {
+  const uint8_t* top;
+  Q5(const uint8_t* at, const uint8_t* halves, int nb, int half)
+      : Nibbles<T, 320>(at, halves, nb, half), top(at + nb * 256 + half * 32) {
+    for (int i = 0; i < nb * 64; i += 64) prefetch(at + nb * 256 + i);
+  }
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(this->tile + b * 256 + kJ * 64, lo, hi);
+    add_top_bits<kJ>(V::load(top + b * 64), lo, hi);
+  }
+};
+using Q5_0 = Q5<Offset5>;
+using Q5_1 = Q5<Unsigned5>;
+
+struct IQ4_NL : Nibbles<Signed8, 256> {
+  V::I values;
+  IQ4_NL(const uint8_t* at, const uint8_t* halves, int nb, int half)
+      : Nibbles(at, halves, nb, half), values(table(kIq4Values, V::kDotU8 ? 128 : 0)) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
+    *lo = V::shuffle(values, *lo);
+    *hi = V::shuffle(values, *hi);
+  }
+};
+
+struct IQ4_XS : Signed8 {
+  const uint8_t* tile;
+  const uint8_t* low;
+  const uint8_t* high;
+  V::F d;
+  V::I values;
+  IQ4_XS(const uint8_t* at, const uint8_t*, int, int half)
+      : tile(at + half * 32),
+        low(at + 2048 + half * 8),
+        high(at + 2144 + half * 16),
+        d(V::halves(at + 2112 + half * 16)),
+        values(table(kIq4Values, V::kDotU8 ? 128 : 0)) {
+    prefetch(at + 2048);
+    prefetch(at + 2112);
+  }
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
+    *lo = V::shuffle(values, *lo);
+    *hi = V::shuffle(values, *hi);
+  }
+  V::F scale(int b) const {
+    const V::I bits = V::and_(V::srl32(V::widen_u8(low + b / 2 * 16), 4 * (b & 1)), V::set32(15));
+    const V::I top = V::and_(V::srl32(V::widen_u16(high), 2 * b), V::set32(3));
+    const V::I value = V::sub32(V::or_(bits, V::sll32(top, 4)), V::set32(32));
+    return V::mul(d, V::to_float(value));
+  }
+  V::F min(int) const { return V::zero(); }
+};
+
+struct MXFP4 : Offset5 {  // values -12..12 stored as 4..28
+  const uint8_t* tile;
+  const uint8_t* e;
+  V::I values;
+  MXFP4(const uint8_t* at, const uint8_t*, int nb, int half)
+      : tile(at + half * 32), e(at + nb * 256 + half * 8), values(table(kMxfp4Values, 16)) {
+    for (int i = 0; i < nb * 16; i += 64) prefetch(at + nb * 256 + i);
+  }
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
+    *lo = V::shuffle(values, *lo);
+    *hi = V::shuffle(values, *hi);
+  }
+  V::F scale(int b) const { return V::e8m0_half(V::widen_u8(e + b * 16)); }
+  V::F min(int) const { return V::zero(); }
+};
+
+// The 6-bit scales and mins of Q4_K and Q5_K, 12 planes of 16 rows, as one byte each:
+// scales of blocks 0..7, then mins.
+struct KScales {
+  alignas(64) uint8_t value[16][16];
+  V::F d, dmin;
+  KScales(const uint8_t* planes, int half)
+      : d(V::halves(planes + 192 + half * 16)), dmin(V::halves(planes + 224 + half * 16)) {
+    for (int i = 0; i < 256; i += 64) prefetch(planes + i);
+    const V::I six = V::set8(63), four = V::set8(15), top = V::set8(0x30);
+    for (int i = 0; i < 64; i += V::kBytes) {  // four planes at a time
+      const V::I a = V::load(planes + i);
+      const V::I b = V::load(planes + 64 + i);
+      const V::I c = V::load(planes + 128 + i);
+      V::store(&value[0][0] + i, V::and_(a, six));
+      V::store(&value[4][0] + i, V::or_masked(V::and_(c, four), V::srl16<2>(a), top));
+      V::store(&value[8][0] + i, V::and_(b, six));
+      V::store(&value[12][0] + i,
+               V::or_masked(V::and_(V::srl16<4>(c), four), V::srl16<2>(b), top));
+    }
+    shift = half * 8;
+  }
+  V::F scale(int b) const { return V::mul(d, V::to_float(V::widen_u8(&value[b][shift]))); }
+  V::F min(int b) const { return V::mul(dmin, V::to_float(V::widen_u8(&value[8 + b][shift]))); }
+  int shift;
+};
+
+struct Q4_K : Unsigned4 {
+  const uint8_t* tile;
+  KScales scales;
+  Q4_K(const uint8_t* at, const uint8_t*, int, int half)
+      : tile(at + half * 32), scales(at + 2048, half) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
+  }
+  V::F scale(int b) const { return scales.scale(b); }
+  V::F min(int b) const { return scales.min(b); }
+};
+
+struct Q5_K : Unsigned5 {
+  const uint8_t* tile;
+  KScales scales;
+  Q5_K(const uint8_t* at, const uint8_t*, int, int half)
+      : tile(at + half * 32), scales(at + 2560, half) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
+    const uint8_t* bits = tile + 2048 + b * 64;
+    if constexpr (kJ == 0) prefetch(bits);
+    add_top_bits<kJ>(V::load(bits), lo, hi);
+  }
+  V::F scale(int b) const { return scales.scale(b); }
+  V::F min(int b) const { return scales.min(b); }
+};
+
+struct Q6_K : Offset6 {
+  const uint8_t* tile;
+  const uint8_t* bytes;
+  V::F d;
+  Q6_K(const uint8_t* at, const uint8_t* halves, int, int half)
+      : tile(at + half * 32), bytes(at + 3072 + half * 8), d(V::halves(halves + half * 16)) {
+    for (int i = 0; i < 256; i += 64) prefetch(at + 3072 + i);
+  }
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
+    const uint8_t* line = tile + 2048 + b * 128 + kJ / 2 * 64;
+    const V::I bits = V::load(line);
+    const V::I mask = V::set8(0x30);
+    if constexpr (kJ % 2 == 0) {
+      prefetch(line);
+      *lo = V::or_masked(*lo, V::sll16<4>(bits), mask);
+      *hi = V::or_masked(*hi, V::sll16<2>(bits), mask);
+    } else {
+      *lo = V::or_masked(*lo, bits, mask);
+      *hi = V::or_masked(*hi, V::srl16<2>(bits), mask);
+    }
+  }
+  V::F scale(int i) const { return V::mul(d, V::to_float(V::widen_s8(bytes + i * 16))); }
+  V::F min(int) const { return V::zero(); }
+};
+
+// A tile decoded to memory: the source for more than V::kMaxM rows, and the only one for types
+// without their own class.
+struct alignas(64) DecodedTile {
+  uint8_t lines[64][64];  // as pair() gives them
+  float scale[16][16];    // [group][row]
+  float min[16][16];
+};
+
+template <class T>
+struct FromMemory : T {
+  const uint8_t* lines;
+  const float* scales;
+  const float* mins;
+  FromMemory(const DecodedTile& tile, int half)
+      : lines(&tile.lines[0][0] + half * 32),
+        scales(&tile.scale[0][0] + half * 8),
+        mins(&tile.min[0][0] + half * 8) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    *lo = V::load(lines + b * 512 + kJ * 128);
+    *hi = V::load(lines + b * 512 + kJ * 128 + 64);
+  }
+  V::F scale(int i) const { return V::load_f(scales + i * 16); }
+  V::F min(int i) const { return V::load_f(mins + i * 16); }
+};
+
+template <class Format>
+void decode_pairs(const Format& format, int b, uint8_t* lines) {
+  V::I lo, hi;
+  format.template pair<0>(b, &lo, &hi);
+  V::store(lines, lo);
+  V::store(lines + 64, hi);
+  format.template pair<1>(b, &lo, &hi);
+  V::store(lines + 128, lo);
+  V::store(lines + 192, hi);
+  format.template pair<2>(b, &lo, &hi);
+  V::store(lines + 256, lo);
+  V::store(lines + 320, hi);
+  format.template pair<3>(b, &lo, &hi);
+  V::store(lines + 384, lo);
+  V::store(lines + 448, hi);
+}
+
+template <class Format>
+void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedTile* tile) {
+  for (int half = 0; half < 16 / V::kRows; ++half) {
+    const Format format(at, halves, nb, half);
+    constexpr int kPerBlock = Format::kGroup16 ? 2 : 1;
+    for (int b = 0; b < nb; ++b) {
+      decode_pairs(format, b, &tile->lines[8 * b][0] + half * 32);
+      for (int i = b * kPerBlock; i < (b + 1) * kPerBlock; ++i) {
+        V::store_f(&tile->scale[i][half * 8], format.scale(i));
+        if constexpr (Format::kMin) V::store_f(&tile->min[i][half * 8], format.min(i));
+      }
+    }
+  }
+}
+
+// ---- integer dot products ----
+
+// Integer sums of M rows over a run of lines; without a u8 dot instruction products are first
+// summed in 16 bits as far as they fit.
+template <class T, int M>
+struct Dots {
+  static constexpr bool kNative = V::kDotU8;
+  static constexpr int kRun = T::kMax == 255 ? 1 : 32767 / (2 * 127 * T::kMax);
+  V::I sum[M];
+  V::I part[kNative ? 1 : M];
+
+  // off: start value addresses; each is an int32 of the activation row.
+  void start(const uint8_t* const* x, int64_t off) {
+    constexpr bool kStartsAtZero = T::kOffset == 0 || (T::kMax == 255 && !kNative);
+    for (int i = 0; i < M; ++i) {
+      if constexpr (kStartsAtZero) {
+        sum[i] = V::zero_i();
+      } else if constexpr (T::kGroup16 && T::kOffset == 128) {
+        sum[i] = V::sll32(V::repeat32(x[i] + off), 2);  // off32 -> off128
+      } else if constexpr (T::kGroup16 || T::kOffset == 128) {
+        sum[i] = V::repeat32(x[i] + off);
+      } else {
+        sum[i] = V::sra32<T::kOffset == 8 ? 4 : 3>(V::repeat32(x[i] + off));  // off128 -> 8, 16
+      }
+    }
+  }
+  // kIndex: how many lines of this run of columns came before.
+  template <int kIndex>
+  void add(const uint8_t* const* x, int64_t at, V::I weights) {
+    for (int i = 0; i < M; ++i) {
+      const V::I values = V::repeat32(x[i] + at);
+      if constexpr (kNative) {
+        sum[i] = V::dot_u8(sum[i], weights, values);
+      } else {
+        const V::I products = T::kMax == 255 ? V::dot16_s8(weights, values)
+                                             : V::dot16_u8(weights, values);
+        if constexpr (kRun == 1) {
+          sum[i] = V::add32(sum[i], V::pairs32(products));
+        } else {
+          part[i] = kIndex % kRun == 0 ? products : V::add16(part[i], products);
+          if constexpr (kIndex % kRun == kRun - 1) sum[i] = V::add32(sum[i], V::pairs32(part[i]));
+        }
+      }
+    }
+  }
+};
+
+// Adds nb blocks (first: their index in the row) to the totals of M rows.
+template <int M, class Format>
+inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int64_t first,
+                                                    const uint8_t* const* x, const ActLayout& at,
+                                                    V::F* total) {
+  for (int b = 0; b < nb; ++b) {
+    const int64_t q = 32 * (first + b);
+    const int64_t meta = 4 * (first + b);
+    Dots<Format, M> dots;
+    V::I lo, hi;
+    if constexpr (Format::kGroup16) {
+      V::F part[M];
+      dots.start(x, at.off32 + 2 * meta);
+      w.template pair<0>(b, &lo, &hi);
+      dots.template add<0>(x, q, lo);
+      dots.template add<1>(x, q + 4, hi);
+      w.template pair<1>(b, &lo, &hi);
+      dots.template add<2>(x, q + 8, lo);
+      dots.template add<3>(x, q + 12, hi);
+      V::F scale = w.scale(2 * b);
+      for (int i = 0; i < M; ++i) part[i] = V::mul(V::to_float(dots.sum[i]), scale);
+      dots.start(x, at.off32 + 2 * meta + 4);
+      w.template pair<2>(b, &lo, &hi);
+      dots.template add<0>(x, q + 16, lo);
+      dots.template add<1>(x, q + 20, hi);
+      w.template pair<3>(b, &lo, &hi);
+      dots.template add<2>(x, q + 24, lo);
+      dots.template add<3>(x, q + 28, hi);
+      scale = w.scale(2 * b + 1);
+      for (int i = 0; i < M; ++i) {
+        part[i] = V::fma(V::to_float(dots.sum[i]), scale, part[i]);
+        total[i] = V::fma(part[i], V::repeat_f(x[i] + at.scale + meta), total[i]);
+      }
+      if constexpr (Format::kMin) {
+        const V::F min0 = w.min(2 * b), min1 = w.min(2 * b + 1);
+        for (int i = 0; i < M; ++i) {
+          total[i] = V::fnma(min0, V::repeat_f(x[i] + at.sum16 + 2 * meta), total[i]);
+          total[i] = V::fnma(min1, V::repeat_f(x[i] + at.sum16 + 2 * meta + 4), total[i]);
+        }
+      }
+    } else {
+      dots.start(x, at.off128 + meta);
+      w.template pair<0>(b, &lo, &hi);
+      dots.template add<0>(x, q, lo);
+      dots.template add<1>(x, q + 4, hi);
+      w.template pair<1>(b, &lo, &hi);
+      dots.template add<2>(x, q + 8, lo);
+      dots.template add<3>(x, q + 12, hi);
+      w.template pair<2>(b, &lo, &hi);
+      dots.template add<4>(x, q + 16, lo);
+      dots.template add<5>(x, q + 20, hi);
+      w.template pair<3>(b, &lo, &hi);
+      dots.template add<6>(x, q + 24, lo);
+      dots.template add<7>(x, q + 28, hi);
+      const V::F scale = w.scale(b);
+      for (int i = 0; i < M; ++i) {
+        total[i] = V::fma(V::to_float(dots.sum[i]),
+                          V::mul(scale, V::repeat_f(x[i] + at.scale + meta)), total[i]);
+      }
+      if constexpr (Format::kMin) {
+        const V::F min = w.min(b);
+        for (int i = 0; i < M; ++i) {
+          total[i] = V::fnma(min, V::repeat_f(x[i] + at.sum + meta), total[i]);
+        }
+      }
+    }
+  }
+}
+
+// ---- one band ----
+
+struct BandJob {
+  const Matrix* w;
+  const uint8_t* band;
+  const uint8_t* acts;
+  int64_t act_stride;
+  const int32_t* rows;
+  int32_t m;
+  float* out;
+  int64_t out_stride;
+  void* scratch;
+
+  const uint8_t* act(int32_t i) const {
+    return acts + (rows != nullptr ? rows[i] : i) * act_stride;
+  }
+  int32_t num_tiles() const { return (w->cols + kTileCols - 1) / kTileCols; }
+  int32_t tile_blocks(int32_t tile) const {
+    const int32_t left = (w->cols - tile * kTileCols) / 32;
+    return left < 8 ? left : 8;
+  }
+};
+
+// Rows [first, first + count) of the job, count <= M: spare lanes repeat the last row.
+template <int M>
+inline void gather_rows(const BandJob& job, int32_t first, int32_t count, const uint8_t** x) {
+  for (int i = 0; i < M; ++i) x[i] = job.act(first + (i < count ? i : count - 1));
+}
+
+template <class Format, int M>
+__attribute__((noinline)) void few_rows(const BandJob& job) {
+  const ActLayout at = act_layout(job.w->cols);
+  const int64_t step = tile_bytes(job.w->type);
+  const uint8_t* tiles = job.band + band_header(job.w->type, job.w->cols);
+  const uint8_t* x[M];
+  gather_rows<M>(job, 0, job.m, x);
+  V::F total[16 / V::kRows][M];
+  for (auto& half : total) {
+    for (V::F& value : half) value = V::zero();
+  }
+  for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
+    for (int half = 0; half < 16 / V::kRows; ++half) {
+      const int nb = job.tile_blocks(tile);
+      const Format format(tiles + tile * step, job.band + tile * 32, nb, half);
+      add_tile<M>(format, nb, 8 * tile, x, at, total[half]);
+    }
+  }
+  for (int half = 0; half < 16 / V::kRows; ++half) {
+    for (int i = 0; i < M && i < job.m; ++i) {
+      V::store_f(job.out + i * job.out_stride + half * 8, total[half][i]);
+    }
+  }
+}
+
+// Adds one decoded tile to rows [first, first + count); totals live in `out`.
+template <class T, int M>
+__attribute__((noinline)) void add_decoded(const BandJob& job, const DecodedTile& decoded,
+                                           int32_t tile, int32_t first, int32_t count) {
+  const ActLayout at = act_layout(job.w->cols);
+  const uint8_t* x[M];
+  gather_rows<M>(job, first, count, x);
+  for (int half = 0; half < 16 / V::kRows; ++half) {
+    const FromMemory<T> format(decoded, half);
+    float* out = job.out + first * job.out_stride + half * 8;
+    V::F total[M];
+    for (int i = 0; i < M; ++i) {
+      total[i] = tile == 0 || i >= count ? V::zero() : V::load_f(out + i * job.out_stride);
+    }
+    add_tile<M>(format, job.tile_blocks(tile), 8 * tile, x, at, total);
+    for (int i = 0; i < M && i < count; ++i) V::store_f(out + i * job.out_stride, total[i]);
+  }
+}
+
+template <class T>
+void add_decoded_rows(const BandJob& job, const DecodedTile& decoded, int32_t tile) {
+  for (int32_t first = 0; first < job.m;) {
+    const int32_t left = job.m - first;
+    const int32_t count = left < V::kMaxM ? left : V::kMaxM;
+    if (V::kMaxM > 6 && count > 6) {
+      add_decoded<T, V::kMaxM>(job, decoded, tile, first, count);
+    } else if (V::kMaxM > 4 && count > 4) {
+      add_decoded<T, V::kMaxM < 6 ? V::kMaxM : 6>(job, decoded, tile, first, count);
+    } else if (count > 2) {
+      add_decoded<T, 4>(job, decoded, tile, first, count);
+    } else if (count == 2) {
+      add_decoded<T, 2>(job, decoded, tile, first, count);
+    } else {
+      add_decoded<T, 1>(job, decoded, tile, first, count);
+    }
+    first += count;
+  }
+}
+
+template <class Format, class T>
+void multiply_format(const BandJob& job) {
+  if (job.m == 1) return few_rows<Format, 1>(job);
+  if (job.m == 2) return few_rows<Format, 2>(job);
+  if (job.m == 3) return few_rows<Format, 3>(job);
+  if (job.m == 4) return few_rows<Format, 4>(job);
+  if constexpr (V::kMaxM >= 8) {
+    if (job.m <= 6) return few_rows<Format, 6>(job);
+    if (job.m <= 8) return few_rows<Format, 8>(job);
+  }
+  auto* decoded = static_cast<DecodedTile*>(job.scratch);
+  const int64_t step = tile_bytes(job.w->type);
+  const uint8_t* tiles = job.band + band_header(job.w->type, job.w->cols);
+  for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
+    decode_to_memory<Format>(tiles + tile * step, job.band + tile * 32, job.tile_blocks(tile),
+                             decoded);
+    add_decoded_rows<T>(job, *decoded, tile);
+  }
+}
+
+// Types kept as GGUF bytes: decode_block, then lines of (value + 128).
+void multiply_gguf(const BandJob& job) {
+  const TypeTraits* traits = type_traits(job.w->type);
+  auto* decoded = static_cast<DecodedTile*>(job.scratch);
+  auto* block = reinterpret_cast<DecodedBlock*>(decoded + 1);
+  const int64_t row_bytes =
+      static_cast<int64_t>(job.w->cols) / traits->block_size * traits->block_bytes;
+  constexpr uint32_t kFlip = V::kDotU8 ? 0x80808080u : 0u;
+  for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
+    for (int32_t r = 0; r < kBandRows; ++r) {
+      decode_block(job.w->type, job.band + r * row_bytes + tile * traits->block_bytes, block);
+      for (int g = 0; g < 64; ++g) {
+        uint32_t word;
+        __builtin_memcpy(&word, block->q + 4 * g, 4);
+        word ^= kFlip;
+        __builtin_memcpy(&decoded->lines[g][4 * r], &word, 4);
+      }
+      for (int i = 0; i < 16; ++i) {
+        decoded->scale[i][r] = block->scale[i];
+        decoded->min[i][r] = block->min[i];
+      }
+    }
+    add_decoded_rows<Any8>(job, *decoded, tile);
+  }
+}
+
+// ---- F32, F16, BF16 ----
+// Two chains of fused multiply-adds, even and odd columns, added at the end.
+
+struct PairsF32 {
+  static constexpr int kBytes = 128;  // of two columns
+  static void load(const uint8_t* p, V::F* even, V::F* odd) {
+    *even = V::load_f(reinterpret_cast<const float*>(p));
+    *odd = V::load_f(reinterpret_cast<const float*>(p + 64));
+  }
+  static V::F last(const uint8_t* p) { return V::load_f(reinterpret_cast<const float*>(p)); }
+  static constexpr int kHalf = 32;
+};
+struct PairsF16 {
+  static constexpr int kBytes = 64;
+  static void load(const uint8_t* p, V::F* even, V::F* odd) {
+    *even = V::halves(p);
+    *odd = V::halves(p + 32);
+  }
+  static V::F last(const uint8_t* p) { return V::halves(p); }
+  static constexpr int kHalf = 16;
+};
+struct PairsBF16 {
+  static constexpr int kBytes = 64;
+  static void load(const uint8_t* p, V::F* even, V::F* odd) {
+    const V::I x = V::load(p);
+    *even = V::as_float(V::sll32(x, 16));
+    *odd = V::as_float(V::and_(x, V::set32(static_cast<int>(0xffff0000u))));
+  }
+  static V::F last(const uint8_t* p) { return V::as_float(V::sll32(V::load(p), 16)); }
+  static constexpr int kHalf = 32;
+};
+
+template <class Pairs, int M>
+__attribute__((noinline)) void float_rows(const BandJob& job, int32_t first, int32_t count) {
+  const uint8_t* x[M];
+  gather_rows<M>(job, first, count, x);
+  for (int half = 0; half < 16 / V::kRows; ++half) {
+    const uint8_t* p = job.band + half * Pairs::kHalf;
+    V::F even[M], odd[M];
+    for (int i = 0; i < M; ++i) even[i] = odd[i] = V::zero();
+    const int64_t end = 4 * static_cast<int64_t>(job.w->cols & ~1);
+    int64_t k = 0;
+#pragma GCC unroll 2
+    for (; k < end; k += 8, p += Pairs::kBytes) {
+      V::F w0, w1;
+      prefetch(p);
+      if constexpr (Pairs::kBytes == 128) prefetch(p + 64);
+      Pairs::load(p, &w0, &w1);
+      for (int i = 0; i < M; ++i) {
+        even[i] = V::fma(w0, V::repeat_f(x[i] + k), even[i]);
+        odd[i] = V::fma(w1, V::repeat_f(x[i] + k + 4), odd[i]);
+      }
+    }
+    if ((job.w->cols & 1) != 0) {
+      const V::F w0 = Pairs::last(p);
+      for (int i = 0; i < M; ++i) even[i] = V::fma(w0, V::repeat_f(x[i] + k), even[i]);
+    }
+    for (int i = 0; i < M && i < count; ++i) {
+      V::store_f(job.out + (first + i) * job.out_stride + half * 8, V::add(even[i], odd[i]));
+    }
+  }
+}
+
+template <class Pairs>
+void multiply_float(const BandJob& job) {
+  for (int32_t first = 0; first < job.m;) {
+    const int32_t left = job.m - first;
+    const int32_t count = left < V::kMaxFloatM ? left : V::kMaxFloatM;
+    if (V::kMaxFloatM > 4 && count > 4) {
+      float_rows<Pairs, V::kMaxFloatM>(job, first, count);
+    } else if (count > 2) {
+      float_rows<Pairs, 4>(job, first, count);
+    } else if (count == 2) {
+      float_rows<Pairs, 2>(job, first, count);
+    } else {
+      float_rows<Pairs, 1>(job, first, count);
+    }
+    first += count;
+  }
+}
+
+void multiply_job(const BandJob& job) {
+  switch (job.w->type) {
+    case kF32: return multiply_float<PairsF32>(job);
+    case kF16: return multiply_float<PairsF16>(job);
+    case kBF16: return multiply_float<PairsBF16>(job);
+    case kQ4_0: return multiply_format<Q4_0, Offset4>(job);
+    case kQ4_1: return multiply_format<Q4_1, Unsigned4>(job);
+    case kQ5_0: return multiply_format<Q5_0, Offset5>(job);
+    case kQ5_1: return multiply_format<Q5_1, Unsigned5>(job);
+    case kQ8_0: return multiply_format<Q8_0, Signed8>(job);
+    case kQ4_K: return multiply_format<Q4_K, Unsigned4>(job);
+    case kQ5_K: return multiply_format<Q5_K, Unsigned5>(job);
+    case kQ6_K: return multiply_format<Q6_K, Offset6>(job);
+    case kIQ4_NL: return multiply_format<IQ4_NL, Signed8>(job);
+    case kIQ4_XS: return multiply_format<IQ4_XS, Signed8>(job);
+    case kMXFP4: return multiply_format<MXFP4, Offset5>(job);
+    default: return multiply_gguf(job);
+  }
+}
+
+void multiply_band(const Matrix& w, int32_t expert, int32_t band, const uint8_t* acts,
+                   int64_t act_stride, const int32_t* rows, int32_t m, float* out,
+                   int64_t out_stride, void* scratch) {
+  multiply_job({&w, band_at(w, expert, band), acts, act_stride, rows, m, out, out_stride,
+                scratch});
+}
