@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from kt_async.errors import ConfigError
 from kt_async.model.spec import ModelSpec, RopeSpec
 from kt_async.model.synthetic import metadata_from_spec, random_tensors
+from kt_async.text.template import CHATML
 from kt_async.weights.writer import write_gguf
 
 # The number in the name changes whenever the generated file does.
@@ -53,13 +54,6 @@ _SPECIALS = {
     "<think>": 4,
     "</think>": 4,
 }
-
-CHATML = (
-    "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-)
 
 # The vocabulary is trained on this, so that everyday English takes about three bytes a token.
 _TEXT = """

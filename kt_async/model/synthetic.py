@@ -110,7 +110,7 @@ def random_tensors(
         layer = int(name.split(".")[1]) if name.startswith("blk.") else -1
         type_name = recipe(name, layer, spec.num_layers)
         kind = TYPE_IDS[type_name]
-        _, block, block_bytes = TYPES[kind]
+        block_bytes = TYPES[kind][2]
         key = (type_name, _std(name, shape))
         if key not in tiles:
             # An odd number of blocks never divides a row or an expert evenly.

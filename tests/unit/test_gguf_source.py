@@ -163,7 +163,7 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     paths = shards(tmp_path)
     paths[1].unlink()
     for start in (paths[0], paths[2], tmp_path):
-        with pytest.raises(ConfigError, match="m-00002-of-00003.gguf: shard is missing"):
+        with pytest.raises(ConfigError, match=r"m-00002-of-00003.gguf: shard is missing"):
             open_model(start)
 
 
@@ -187,12 +187,12 @@ def test_renamed_shard_is_noticed(tmp_path: Path) -> None:
 def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     for i in (1, 2):
         write(tmp_path / f"d-0000{i}-of-00002.gguf", "same", split__no=i - 1, split__count=2)
-    with pytest.raises(ConfigError, match="tensor 'same' is already in d-00001-of-00002.gguf"):
+    with pytest.raises(ConfigError, match=r"tensor 'same' is already in d-00001-of-00002.gguf"):
         open_model(tmp_path)
 
 
 def test_directory_rules(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no .gguf file"):
+    with pytest.raises(ConfigError, match=r"holds no .gguf file"):
         open_model(tmp_path)
     (tmp_path / "Q4").mkdir()
     inner = write(tmp_path / "Q4" / "a.gguf", "t")
@@ -201,7 +201,7 @@ def test_directory_rules(tmp_path: Path) -> None:
     write(tmp_path / "mmproj-b.gguf", "t")
     assert open_model(tmp_path).path == own
     write(tmp_path / "c.gguf", "t")
-    with pytest.raises(ConfigError, match="holds 2 models, name one of them: b.gguf, c.gguf"):
+    with pytest.raises(ConfigError, match=r"holds 2 models, name one of them: b.gguf, c.gguf"):
         open_model(tmp_path)
     with pytest.raises(ConfigError, match="no such file or directory"):
         open_model(tmp_path / "nothing.gguf")
@@ -298,5 +298,5 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     for length in itertools.chain(range(0, len(whole), 7), (len(whole) - 1,)):
         path.write_bytes(whole[:length])
-        with pytest.raises(ConfigError, match="truncated|empty|not a GGUF|cannot be"):
+        with pytest.raises(ConfigError, match=r"truncated|empty|not a GGUF|cannot be"):
             open_model(path)
