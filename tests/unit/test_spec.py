@@ -171,7 +171,7 @@ def test_missing_and_misshaped_tensors_are_named() -> None:
     with pytest.raises(ConfigError, match=r"tensor 'blk\.2\.attn_k\.weight' is missing"):
         check_tensors(DEMO_SPEC, files)
     files.tensors[info.name] = replace(info, shape=(128, 512))
-    with pytest.raises(ConfigError, match="has shape 128 x 512, but .* need 128 x 256"):
+    with pytest.raises(ConfigError, match=r"has shape 128 x 512, but .* need 128 x 256"):
         check_tensors(DEMO_SPEC, files)
 
 
