@@ -1,0 +1,167 @@
+"""Our CUDA kernels: compiled at start-up by the NVRTC that PyTorch ships, launched by the driver.
+
+No CUDA headers or nvcc are needed. Compiled code is cached per GPU architecture, source and NVRTC
+version. Only imported when a GPU is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from kt_async.errors import EngineError
+
+_SOURCES = ("linear.cu", "step.cu", "sample.cu")
+_OPTIONS = ("--std=c++17", "-default-device")
+
+
+def source_dir() -> Path:
+    """Where the .cu files are: beside this module in a wheel, native/cuda in a checkout."""
+    installed = Path(__file__).with_name("cuda")
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "native" / "cuda"
+
+
+def kernel_source(types: Sequence[int]) -> str:
+    """The whole translation unit, specialised to the ggml types that occur."""
+    cases = " ".join(f"X({number})" for number in sorted(types))
+    parts = [(source_dir() / name).read_text() for name in _SOURCES]
+    return "\n".join([f"#define KT_TYPES(X) {cases}", *parts])
+
+
+def compile_kernels(source: str, architecture: str, cache: Path | None) -> bytes:
+    """Cubin of `source` for an architecture such as sm_90a. Raises EngineError with NVRTC's log."""
+    nvrtc = _load_nvrtc()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    key = f"{architecture} {major.value}.{minor.value} {_OPTIONS}\n{source}"
+    cached = (
+        cache / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin" if cache else None
+    )
+    if cached is not None and cached.is_file():
+        return cached.read_bytes()
+    cubin = _compile(nvrtc, source, architecture)
+    if cached is not None:
+        _store(cached, cubin)
+    return cubin
+
+
+def _load_nvrtc() -> ctypes.CDLL:
+    import torch  # noqa: F401, PLC0415 - its packages hold the library; importing sets the paths
+
+    folders = [Path(p) for p in __import__("nvidia").__path__] if _has_nvidia() else []
+    for folder in folders:
+        for pattern in ("cu*/lib", "cuda_nvrtc/lib"):
+            for lib in folder.glob(pattern):
+                for builtins in sorted(lib.glob("libnvrtc-builtins.so.*")):
+                    ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+                for found in sorted(lib.glob("libnvrtc.so.*")):
+                    return ctypes.CDLL(str(found))
+    for name in ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise EngineError("NVRTC was not found: PyTorch's CUDA packages are incomplete")
+
+
+def _has_nvidia() -> bool:
+    try:
+        __import__("nvidia")
+    except ImportError:
+        return False
+    return True
+
+
+def _compile(nvrtc: ctypes.CDLL, source: str, architecture: str) -> bytes:
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), source.encode(), b"kt_kernels.cu", 0, None, None
+    )
+    options = [f"--gpu-architecture={architecture}", *_OPTIONS]
+    array = (ctypes.c_char_p * len(options))(*[o.encode() for o in options])
+    status = nvrtc.nvrtcCompileProgram(program, len(options), array)
+    if status != 0:
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        text = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, text)
+        raise EngineError(f"the CUDA kernels do not compile: {text.value.decode()[:2000]}")
+    size = ctypes.c_size_t()
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw
+
+
+def _store(path: Path, content: bytes) -> None:
+    """Atomically; a cache that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
+class Kernels:
+    """A loaded module; `launch` puts a kernel on a stream. [engine]"""
+
+    def __init__(self, cubin: bytes) -> None:
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._module = ctypes.c_void_p()
+        self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin), "load")
+        self._functions: dict[str, ctypes.c_void_p] = {}
+
+    def launch(
+        self,
+        name: str,
+        grid: tuple[int, int],
+        block: int,
+        stream: int,
+        arguments: Sequence[
+            ctypes._SimpleCData[int] | ctypes._SimpleCData[float] | ctypes.Structure
+        ],
+        shared_bytes: int = 0,
+    ) -> None:
+        """arguments: ctypes values or structures in the kernel's order."""
+        pointers = (ctypes.c_void_p * len(arguments))(
+            *[ctypes.cast(ctypes.pointer(a), ctypes.c_void_p) for a in arguments]
+        )
+        status = self._driver.cuLaunchKernel(
+            self._function(name),
+            grid[0],
+            grid[1],
+            1,
+            block,
+            1,
+            1,
+            shared_bytes,
+            ctypes.c_void_p(stream),
+            pointers,
+            None,
+        )
+        self._check(status, name)
+
+    def _function(self, name: str) -> ctypes.c_void_p:
+        function = self._functions.get(name)
+        if function is None:
+            function = ctypes.c_void_p()
+            status = self._driver.cuModuleGetFunction(
+                ctypes.byref(function), self._module, name.encode()
+            )
+            self._check(status, name)
+            self._functions[name] = function
+        return function
+
+    def _check(self, status: int, what: str) -> None:
+        if status != 0:
+            text = ctypes.c_char_p()
+            self._driver.cuGetErrorString(status, ctypes.byref(text))
+            reason = text.value.decode() if text.value else str(status)
+            raise EngineError(f"CUDA kernel {what}: {reason}")

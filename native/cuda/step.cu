@@ -1,0 +1,307 @@
+// step.cu: the small kernels of a step: norms, quantisation, rotary, routing, hand-off, sampling.
+// Follows linear.cu in one NVRTC compilation.
+
+constexpr int kWarp = 32;
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int s = 16; s > 0; s >>= 1) v += __shfl_xor_sync(~0u, v, s);
+  return v;
+}
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+  for (int s = 16; s > 0; s >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, s));
+  return v;
+}
+// Sum over a block of up to 1024 threads; every thread gets it.
+__device__ __forceinline__ float block_sum(float v) {
+  __shared__ float parts[33];
+  v = warp_sum(v);
+  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = v;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    float p = threadIdx.x < (blockDim.x + 31) / 32 ? parts[threadIdx.x] : 0.0f;
+    p = warp_sum(p);
+    if (threadIdx.x == 0) parts[32] = p;
+  }
+  __syncthreads();
+  const float result = parts[32];
+  __syncthreads();
+  return result;
+}
+
+__device__ __forceinline__ u16 to_bf16(float f) { return (u16)bf16_pair(f, 0.0f); }
+
+// Where a row of activations goes; unused targets are null.
+struct Prepared {
+  float* f32;    // [T, cols]
+  u16* bf16;     // [T, cols]
+  i8* q;         // [T, cols], with scale and sum16: see Acts
+  float* scale;
+  float* sum16;
+};
+
+// One warp, one 32-column block, one value per lane. Same rounding as the CPU's prepare.
+__device__ __forceinline__ void store_prepared(const Prepared& to, i64 row, int cols, int k,
+                                               float v) {
+  if (to.f32 != nullptr) to.f32[row * cols + k] = v;
+  if (to.bf16 != nullptr) to.bf16[row * cols + k] = to_bf16(v);
+  if (to.q == nullptr) return;
+  const float largest = warp_max(fabsf(v));
+  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  const float scale = largest / 127.0f;
+  const int q = __float2int_rn(v * inverse);
+  to.q[row * cols + k] = (i8)q;
+  int sum = q;
+#pragma unroll
+  for (int s = 8; s > 0; s >>= 1) sum += __shfl_xor_sync(~0u, sum, s);
+  const i64 b = row * (cols / 32) + k / 32;
+  if ((threadIdx.x & 15) == 0) to.sum16[2 * b + (threadIdx.x >> 4 & 1)] = scale * sum;
+  if ((threadIdx.x & 31) == 0) to.scale[b] = scale;
+}
+
+// y = x / rms(x) * w, one block per row; cols is a multiple of 32.
+extern "C" __global__ void rms_norm(const float* x, const float* w, float eps, int cols,
+                                    Prepared to) {
+  const i64 row = blockIdx.x;
+  const float* from = x + row * cols;
+  float squares = 0.0f;
+  for (int k = threadIdx.x; k < cols; k += blockDim.x) squares += from[k] * from[k];
+  const float factor = rsqrtf(block_sum(squares) / cols + eps);
+  for (int k = threadIdx.x; k < cols; k += blockDim.x) {
+    store_prepared(to, row, cols, k, from[k] * factor * w[k]);
+  }
+}
+
+// Prepares rows of f32 or bf16 values; grid = (rows, column chunks).
+extern "C" __global__ void prepare(const float* x, const u16* x16, int cols, Prepared to) {
+  const i64 row = blockIdx.x;
+  for (int k = blockIdx.y * blockDim.x + threadIdx.x; k < cols; k += gridDim.y * blockDim.x) {
+    const float v = x != nullptr ? x[row * cols + k]
+                                 : __uint_as_float((u32)x16[row * cols + k] << 16);
+    store_prepared(to, row, cols, k, v);
+  }
+}
+
+// silu(a) * b, prepared; grid = (rows, column chunks).
+extern "C" __global__ void silu_mul(const float* a, const float* b, int cols, Prepared to) {
+  const i64 row = blockIdx.x;
+  for (int k = blockIdx.y * blockDim.x + threadIdx.x; k < cols; k += gridDim.y * blockDim.x) {
+    const float g = a[row * cols + k];
+    store_prepared(to, row, cols, k, g / (1.0f + __expf(-g)) * b[row * cols + k]);
+  }
+}
+
+struct Rope {
+  const float* inverse_frequencies;  // [dims / 2]
+  const float* q_norm;               // [D] or null
+  const float* k_norm;
+  float eps, multiplier;
+  int q_heads, kv_heads, dim, rotary_dims, neox;
+};
+
+// Norms and rotates q and k, stores q as bf16 [T, QH, D], k and v into their pages
+// (bf16 [P, 2, page, KH, D]). grid = (T, QH + 2 KH), one warp per head, D a multiple of 32, <= 256.
+extern "C" __global__ void attention_inputs(const float* q, const float* k, const float* v,
+                                            const int* positions, const int* kv_slot, Rope p,
+                                            int page_size, u16* q_out, u16* cache) {
+  const int token = blockIdx.x, head = blockIdx.y, lane = threadIdx.x;
+  const int d = p.dim, n = d / kWarp;
+  const bool is_q = head < p.q_heads, is_v = head >= p.q_heads + p.kv_heads;
+  const int h = is_q ? head : (head - p.q_heads) % p.kv_heads;
+  const float* from = is_q ? q + ((i64)token * p.q_heads + h) * d
+                           : (is_v ? v : k) + ((i64)token * p.kv_heads + h) * d;
+  extern __shared__ float values[];
+  float squares = 0.0f;
+  for (int i = 0; i < n; ++i) {
+    const float x = from[lane + i * kWarp];
+    values[lane + i * kWarp] = x;
+    squares += x * x;
+  }
+  const float* norm = is_q ? p.q_norm : (is_v ? nullptr : p.k_norm);
+  if (norm != nullptr) {
+    const float factor = rsqrtf(warp_sum(squares) / d + p.eps);
+    for (int i = 0; i < n; ++i) values[lane + i * kWarp] *= factor * norm[lane + i * kWarp];
+  }
+  __syncwarp();
+  if (!is_v) {
+    const int half = p.rotary_dims / 2;
+    const float position = (float)positions[token];
+    for (int i = lane; i < half; i += kWarp) {
+      const float angle = position * p.inverse_frequencies[i];
+      const float c = cosf(angle) * p.multiplier, s = sinf(angle) * p.multiplier;
+      const int a = p.neox ? i : 2 * i, b = p.neox ? i + half : 2 * i + 1;
+      const float x = values[a], y = values[b];
+      values[a] = x * c - y * s;
+      values[b] = y * c + x * s;
+    }
+    __syncwarp();
+  }
+  const i64 slot = kv_slot[token];
+  if (!is_q && slot < 0) return;
+  u16* to = is_q ? q_out + ((i64)token * p.q_heads + h) * d
+                 : cache + (((slot / page_size * 2 + is_v) * page_size + slot % page_size) *
+                                p.kv_heads + h) * d;
+  for (int i = 0; i < n; ++i) to[lane + i * kWarp] = to_bf16(values[lane + i * kWarp]);
+}
+
+struct Routing {
+  int experts, top_k, sigmoid, renormalise, groups, groups_used, sum_of_two;
+  float scale;
+  const float* selection_bias;  // [E] or null
+};
+
+// Picks top_k experts per token, ties to the lower id; one warp per token, E <= 1024.
+extern "C" __global__ void route(const float* logits, Routing p, int* ids, float* weights) {
+  extern __shared__ float shared[];
+  float* score = shared;              // for weighing
+  float* choice = shared + p.experts;  // for choosing
+  const int lane = threadIdx.x;
+  const float* from = logits + (i64)blockIdx.x * p.experts;
+  float largest = -3.4e38f, total = 0.0f;
+  for (int e = lane; e < p.experts; e += kWarp) largest = fmaxf(largest, from[e]);
+  largest = warp_max(largest);
+  for (int e = lane; e < p.experts; e += kWarp) {
+    score[e] = p.sigmoid ? 1.0f / (1.0f + expf(-from[e])) : expf(from[e] - largest);
+    total += score[e];
+  }
+  total = warp_sum(total);
+  for (int e = lane; e < p.experts; e += kWarp) {
+    if (!p.sigmoid) score[e] /= total;
+    choice[e] = score[e] + (p.selection_bias != nullptr ? p.selection_bias[e] : 0.0f);
+  }
+  __syncwarp();
+  if (p.groups > 1) {
+    const int size = p.experts / p.groups;
+    float* group = choice + p.experts;
+    for (int g = lane; g < p.groups; g += kWarp) {
+      float best = -3.4e38f, second = -3.4e38f;
+      for (int e = g * size; e < (g + 1) * size; ++e) {
+        if (choice[e] > best) {
+          second = best;
+          best = choice[e];
+        } else if (choice[e] > second) {
+          second = choice[e];
+        }
+      }
+      group[g] = p.sum_of_two ? best + second : best;
+    }
+    __syncwarp();
+    for (int g = lane; g < p.groups; g += kWarp) {
+      int better = 0;
+      for (int o = 0; o < p.groups; ++o) better += group[o] > group[g] || (group[o] == group[g] && o < g);
+      if (better >= p.groups_used) {
+        for (int e = g * size; e < (g + 1) * size; ++e) choice[e] = -3.4e38f;
+      }
+    }
+    __syncwarp();
+  }
+  float sum = 0.0f, mine = 0.0f;
+  for (int k = 0; k < p.top_k; ++k) {
+    float best = -3.5e38f;
+    int at = p.experts;
+    for (int e = lane; e < p.experts; e += kWarp) {
+      if (choice[e] > best) {
+        best = choice[e];
+        at = e;
+      }
+    }
+#pragma unroll
+    for (int s = 16; s > 0; s >>= 1) {
+      const float other = __shfl_xor_sync(~0u, best, s);
+      const int where = __shfl_xor_sync(~0u, at, s);
+      if (other > best || (other == best && where < at)) {
+        best = other;
+        at = where;
+      }
+    }
+    const float weight = score[at];
+    sum += weight;
+    if (lane == k) mine = weight;
+    if (lane == 0) {
+      ids[blockIdx.x * p.top_k + k] = at;
+      choice[at] = -3.6e38f;
+    }
+    __syncwarp();
+  }
+  if (lane < p.top_k) {
+    weights[blockIdx.x * p.top_k + lane] = (p.renormalise ? mine / sum : mine) * p.scale;
+  }
+}
+
+// ---- hand-off of routed experts to the CPU (see native/src/device/handoff.h) ----
+
+// Copies x, ids and weights of a layer to pinned memory and raises the layer's request flag.
+extern "C" __global__ void handoff_signal(const float* x, const int* ids, const float* weights,
+                                          int num_x, int num_ids, float* host_x, int* host_ids,
+                                          float* host_weights, u32* flag, u32* arrived) {
+  const int first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+  for (int i = first; i < num_x / 4; i += step) {
+    reinterpret_cast<float4*>(host_x)[i] = reinterpret_cast<const float4*>(x)[i];
+  }
+  for (int i = first; i < num_ids; i += step) {
+    host_ids[i] = ids[i];
+    host_weights[i] = weights[i];
+  }
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x == 0 && (gridDim.x == 1 || atomicAdd(arrived, 1u) == gridDim.x - 1)) {
+    *arrived = 0;
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(1u) : "memory");
+  }
+}
+
+// Waits for the layer's done flag (limit in clock ticks), then out = residual + the CPU's result.
+// done: 1 = ready, 2 = the CPU failed. A time-out sets *error; the graph always ends.
+extern "C" __global__ void handoff_wait(const float* host_out, const float* residual, int num,
+                                        u32* done, u32* left, u32* error, i64 limit, float* out) {
+  __shared__ u32 state;
+  if (threadIdx.x == 0) {
+    const i64 begin = clock64();
+    u32 value = 0;
+    while (true) {
+      asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
+      if (value != 0) break;
+      if (clock64() - begin > limit) {
+        value = 3;
+        break;
+      }
+    }
+    if (value != 1) *error = value;
+    state = value;
+  }
+  __syncthreads();
+  const int first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+  for (int i = first; i < num / 4; i += step) {
+    float4 v = reinterpret_cast<const float4*>(residual)[i];
+    if (state == 1) {
+      const float4 c = __ldcv(reinterpret_cast<const float4*>(host_out) + i);
+      v.x += c.x;
+      v.y += c.y;
+      v.z += c.z;
+      v.w += c.w;
+    }
+    reinterpret_cast<float4*>(out)[i] = v;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0 && (gridDim.x == 1 || atomicAdd(left, 1u) == gridDim.x - 1)) {
+    *left = 0;
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(done), "r"(0u) : "memory");
+  }
+}
+
+// ---- embedding and row gathering ----
+
+// x[t, H] = row tokens[t] of the table; tokens below 0 name a logit row of the previous step.
+extern "C" __global__ void embed(Matrix table, const int* tokens, const int* sampled, float* x) {
+  int id = tokens[blockIdx.x];
+  if (id < 0) id = sampled[-1 - id];
+  const u8* band = table.data + (i64)(id / 16) * table.band_bytes;
+  for (int b = threadIdx.x; b < table.cols / 32; b += blockDim.x) {
+    u16 out[32];
+    dequantize_any(table.type, band, table.cols, b, id % 16, out);
+    for (int k = 0; k < 32; ++k) {
+      x[(i64)blockIdx.x * table.cols + 32 * b + k] = __uint_as_float((u32)out[k] << 16);
+    }
+  }
+}
