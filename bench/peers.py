@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench`, when ru
 
 import aiohttp
 
-from bench import options, process, prompts, record, serve, stats
-from bench.serve import BenchError
+from bench import options, process, prompts, record, serve, stats, trace
+from bench.errors import BenchError
 
 _OURS = f"{sys.executable} -m kt_async --host 127.0.0.1 --port {{port}} --gguf_path {{model}}"
 _WARM_UP = (32, 8)  # prompt and output tokens of the first request
@@ -126,14 +126,14 @@ class Client:
             return prompts.text_of_tokens(num_tokens, self._seed, self._scale)
         return prompts.token_ids(num_tokens, self._seed, self._vocab)
 
-    async def _load(self, clients: int, num_prompt: int, max_tokens: int) -> list[serve.Stream]:
+    async def _load(self, clients: int, num_prompt: int, max_tokens: int) -> list[trace.Stream]:
         load = [self._prompt(num_prompt) for _ in range(clients)]
         return await serve.run_clients(self._session, self._target, load, max_tokens)
 
     async def decode(self, clients: int) -> float:
         """Tokens per second of all clients while all decode."""
         streams = await self._load(clients, self._args.prompt_tokens, self._args.max_tokens)
-        speed = serve.steady_tokens_per_s(streams)
+        speed = trace.steady_tokens_per_s(streams)
         if speed is None:
             raise BenchError(
                 f"{clients} clients never decoded at the same time: the server runs fewer at once, "

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.serve import BenchError
+from bench.errors import BenchError
 
 # One look for both plots: title and the curves as (metric, label).
 _PLOTS = {

@@ -19,10 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from bench.serve import BenchError
+from bench.errors import BenchError
 
 _POLL_S = 0.02
 _TAIL_LINES = 15
+_DYING_S = 0.5
 _STOP_S = 20.0  # a drain may take a while; beyond that the server is killed and it is an error
 
 
@@ -105,6 +106,7 @@ class Server:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
+        self._is_reported = False  # its last lines are in an error already
 
     @property
     def base_url(self) -> str:
@@ -138,9 +140,21 @@ class Server:
         trace: TracebackType | None,
     ) -> None:
         try:
+            has_died = isinstance(error, BenchError) and self._ends_within(_DYING_S)
             self.stop(strict=kind is None)
+            if has_died and not self._is_reported:
+                raise BenchError(f"{error}; the server's last lines:\n{self.tail()}") from None
         finally:
             self._log.close()
+
+    def _ends_within(self, seconds: float) -> bool:
+        """Whether the process has ended or does so now: a broken connection comes a bit earlier."""
+        assert self._process is not None, "the server was not started"
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def wait_ready(self, timeout_s: float) -> float:
         """Poll until the server answers 200; returns and keeps the seconds since exec.
@@ -153,6 +167,7 @@ class Server:
                 self.ready_s = time.perf_counter() - self._started
                 return self.ready_s
             if self._process is not None and self._process.poll() is not None:
+                self._is_reported = True
                 raise BenchError(
                     f"the server ended with exit code {self._process.returncode} before it was "
                     f"ready; its last lines:\n{self.tail()}"

@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from bench.serve import BenchError
+from bench.errors import BenchError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"

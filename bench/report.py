@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench`, when run as a script
 
 from bench import record, stats
-from bench.serve import BenchError
+from bench.errors import BenchError
 
 _SIGMAS = 3.0
 _FLOOR = 0.05

@@ -13,21 +13,15 @@ import contextlib
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench`, when run as a script
 
-import aiohttp
-
-from bench import options, plots, process, prompts, record, serve, stats
-from bench.serve import BenchError
-
-_CHECK_CLIENTS = 8
-_CHECK_TOKENS = 32
-_CHECK_WORDS = (3, 9, 17, 30, 48, 75, 110, 160)  # prompt lengths of the check, mixed on purpose
-_FIRST_BYTE_RUNS = 20
+from bench import measure, options, outputs, plots, process, record, serve, stats
+from bench.errors import BenchError
 
 # What is asked of the demo model on a two-core machine: figure -> (limit, unit).
 TARGETS = {
@@ -36,10 +30,6 @@ TARGETS = {
     "first_byte_ms": (30.0, "ms to the first SSE byte, 10-token prompt"),
     "host_us_per_step": (1500.0, "us of host time a decode step"),
 }
-
-
-class WrongOutputError(BenchError):
-    """The server's text depends on something it must not depend on."""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,6 +48,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="tokens each client generates (64)")  # fmt: skip
     parser.add_argument("--prefill_tokens", type=options.positive, default=512,
                         help="prompt of the prefill measurement (512)")  # fmt: skip
+    parser.add_argument("--starts", type=options.positive,
+                        help="how often start-up is timed (3; 1 with --gguf_path)")  # fmt: skip
+    parser.add_argument("--seed", type=int,
+                        help="seed of the prompts (1; the time with --url, whose cache is not empty)")  # fmt: skip
     parser.add_argument("--idle_s", type=float, default=5.0, help="seconds of the idle test (5)")
     parser.add_argument("--start_timeout", type=float, default=600.0, help="seconds (600)")
     parser.add_argument("--out", type=Path, help="result file (results/serve-TIME.jsonl)")
@@ -66,166 +60,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def server_command(args: argparse.Namespace, port: int) -> list[str]:
-    """The command line of the server under test."""
+    """The command line of the server under test: room for all clients, then the user's flags."""
     command = [sys.executable, "-m", "kt_async", "--host", "127.0.0.1", "--port", str(port)]
     for name in ("gguf_path", "model_path"):
         if value := getattr(args, name):
             command += [f"--{name}", value]
     try:
-        return command + shlex.split(args.server_args)
+        own = shlex.split(args.server_args)
     except ValueError as error:
         raise BenchError(f"--server_args cannot be split: {error}") from None
+    if not any(word.replace("-", "_").startswith("__max_batch_size") for word in own):
+        command += ["--max_batch_size", str(max(outputs.CLIENTS, *args.clients))]
+    return command + own
 
 
 @contextlib.contextmanager
 def running_server(args: argparse.Namespace) -> Iterator[process.Server | None]:
-    """The started server once it is ready; None with --url."""
+    """The server once it is ready, with no settings from the environment; None with --url."""
     if args.url:
         yield None
         return
     port = process.free_port()
-    env = dict(os.environ, PYTHONPATH=str(record.ROOT))
+    env = {name: value for name, value in os.environ.items() if not name.startswith("KT_ASYNC_")}
+    env["PYTHONPATH"] = str(record.ROOT)
     with process.Server(server_command(args, port), port, env=env) as server:
-        print(f"starting: {shlex.join(server.command)}", flush=True)
         server.wait_ready(args.start_timeout)
         yield server
 
 
-async def check_outputs(session: aiohttp.ClientSession, target: serve.Target) -> int:
-    """Compare greedy texts alone, among eight clients and without streaming; returns how many.
-
-    Raises WrongOutputError at the first difference.
-    """
-    texts = [prompts.words(count, 7_000 + count) for count in _CHECK_WORDS]
-    alone = [
-        (await serve.run_clients(session, target, [text], _CHECK_TOKENS))[0].text for text in texts
-    ]
-    for i, text in enumerate(texts):
-        body = target.body(text, _CHECK_TOKENS, stream=False)
-        answer = await serve.complete(session, target, body)
-        same(alone[i], answer["choices"][0]["text"], f"prompt {i} without streaming")
-    for count in (_CHECK_CLIENTS, _CHECK_CLIENTS // 2):
-        streams = await serve.run_clients(session, target, texts[:count], _CHECK_TOKENS)
-        for i, stream in enumerate(streams):
-            same(alone[i], stream.text, f"prompt {i} among {count} clients")
-    return 2 * len(texts) + _CHECK_CLIENTS // 2
-
-
-def same(expected: str, found: str, where: str) -> None:
-    """Raise WrongOutputError naming the place of the first difference."""
-    if expected == found:
-        return
-    pos = next(
-        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),
-        min(len(expected), len(found)),
-    )
-    raise WrongOutputError(
-        f"greedy text of {where} differs from the text alone at character {pos}: "
-        f"{expected[pos : pos + 20]!r} became {found[pos : pos + 20]!r}"
-    )
-
-
-class Measurement:
-    """One benchmark of one server: sends the load, keeps the records, prints as it goes."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        session: aiohttp.ClientSession,
-        target: serve.Target,
-        vocab: int,
-    ) -> None:
-        self._args = args
-        self._session = session
-        self._target = target
-        self._vocab = vocab
-        self._seed = 0
-
-    def prompt(self, num_tokens: int) -> list[int]:
-        """A prompt that was never sent before, so that no cache knows it."""
-        self._seed += 1
-        return prompts.token_ids(num_tokens, self._seed, self._vocab)
-
-    async def first_byte(self) -> dict[str, Any]:
-        """Milliseconds from the request to the first SSE byte after a 10-token prompt."""
-        streams = [
-            (await serve.run_clients(self._session, self._target, [self.prompt(10)], 4))[0]
-            for _ in range(_FIRST_BYTE_RUNS + 2)
-        ][2:]  # two to warm up
-        return cell({"first_byte_ms": [(s.first_byte - s.start) * 1e3 for s in streams]})
-
-    async def prefill(self) -> dict[str, Any]:
-        """Prompt tokens per second of one client, from the time to its only token."""
-        num_tokens, speeds = self._args.prefill_tokens, []
-        for _ in range(self._args.runs + 1):
-            prompt = self.prompt(num_tokens)
-            (stream,) = await serve.run_clients(self._session, self._target, [prompt], 1)
-            speeds.append(num_tokens / stream.ttft)
-        found = cell({"prefill_tokens_per_s": speeds[1:]})
-        return found | {"clients": 1, "prompt_tokens": num_tokens}
-
-    async def clients(self, count: int) -> dict[str, Any]:
-        """All runs of one number of clients, after a warm-up run."""
-        args, runs, raw = self._args, [], []
-        before: dict[str, float] = {}
-        for index in range(args.runs + 1):
-            if index == 1:
-                before = await self.counters()
-            load = [self.prompt(args.prompt_tokens) for _ in range(count)]
-            streams = await serve.run_clients(self._session, self._target, load, args.max_tokens)
-            if index:
-                runs.append(serve.summarize(streams))
-                raw.append([serve.raw_sample(stream) for stream in streams])
-        samples: dict[str, list[float | None]] = {
-            name: [run[name] for run in runs] for name in runs[0]
-        }
-        host = host_us_per_step(before, await self.counters())
-        if host is not None:
-            samples["host_us_per_step"] = [host]
-        shape = {
-            "clients": count,
-            "prompt_tokens": args.prompt_tokens,
-            "max_tokens": args.max_tokens,
-        }
-        return shape | cell(samples) | {"raw": raw}
-
-    async def counters(self) -> dict[str, float]:
-        """The server's metrics without labels; empty when it has none."""
-        url = self._target.base_url + "/metrics"
-        async with self._session.get(url, headers=self._target.headers) as reply:
-            return parse_metrics(await reply.text()) if reply.status == 200 else {}
-
-
-def parse_metrics(text: str) -> dict[str, float]:
-    """Name -> value of the samples without labels in Prometheus' text format."""
-    found = {}
-    for line in text.splitlines():
-        name, _, value = line.partition(" ")
-        if not line.startswith("#") and value and "{" not in name:
-            with contextlib.suppress(ValueError):
-                found[name] = float(value.split()[0])
-    return found
-
-
-def host_us_per_step(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
-    """Mean microseconds a step spent outside the model's own run; None without such metrics."""
-    nanos, steps = "kt_async:engine_host_ns", "kt_async:engine_steps_total"
-    if not all(name in found for name in (nanos, steps) for found in (before, after)):
-        return None
-    count = after[steps] - before[steps]
-    return (after[nanos] - before[nanos]) / count / 1e3 if count > 0 else None
-
-
-def cell(samples: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
-    """The part of a record that report.py reads: runs, median and spread of each figure."""
-    known = {name: [v for v in values if v is not None] for name, values in samples.items()}
-    return {
-        "runs": {name: values for name, values in known.items() if values},
-        "median": {
-            name: stats.median(values) if values else None for name, values in known.items()
-        },
-        "spread": {name: stats.spread(values) for name, values in known.items() if values},
-    }
+def time_starts(args: argparse.Namespace) -> list[float]:
+    """Seconds to ready of all starts but the last, which is the one that is measured."""
+    if args.url:
+        return []
+    print(f"starting: {shlex.join(server_command(args, 0))}", flush=True)
+    times = []
+    for _ in range((args.starts or (1 if args.gguf_path else 3)) - 1):
+        with running_server(args) as server:
+            times += [server.ready_s] if server else []
+    return times
 
 
 def cells_table(cells: Sequence[Mapping[str, Any]]) -> str:
@@ -262,19 +134,27 @@ def target_lines(figures: Mapping[str, float]) -> list[str]:
     return lines
 
 
-async def measure(
-    args: argparse.Namespace, server: process.Server | None, out: record.ResultFile
+async def measure_all(
+    args: argparse.Namespace,
+    server: process.Server | None,
+    starts: list[float],
+    out: record.ResultFile,
 ) -> list[dict[str, Any]]:
     """Everything after the server is ready; returns the cells of the client counts."""
     base_url = args.url or (server.base_url if server else "")
     async with serve.new_session() as session:
         name, vocab = await serve.find_model(session, base_url)
         extra = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        count = await check_outputs(session, serve.Target(base_url, name))
+        count = await outputs.check_outputs(session, serve.Target(base_url, name))
         print(f"model {name}: {count} greedy outputs agree", flush=True)
-        common = {"model": name, "server_command": server.command if server else args.url}
+        common: dict[str, Any] = {
+            "model": name,
+            "server_command": server.command if server else args.url,
+        }
         target = serve.Target(base_url, name, stream_extra=extra)
-        bench = Measurement(args, session, target, vocab)
+        seed = args.seed if args.seed is not None else (time.time_ns() if args.url else 1)
+        common["seed"] = seed
+        bench = measure.Measurement(args, session, target, vocab, seed)
         figures: dict[str, float] = {}
 
         def keep(kind: str, entry: dict[str, Any]) -> None:
@@ -283,7 +163,10 @@ async def measure(
 
         if server:
             idle = await asyncio.to_thread(server.idle_cpu_percent, args.idle_s)
-            keep("start", cell({"ready_s": [server.ready_s], "idle_cpu_percent": [idle]}))
+            keep(
+                "start",
+                measure.cell({"ready_s": [*starts, server.ready_s], "idle_cpu_percent": [idle]}),
+            )
         keep("first_byte", await bench.first_byte())
         keep("prefill", await bench.prefill())
         prefill = stats.number(figures["prefill_tokens_per_s"])
@@ -296,7 +179,7 @@ async def measure(
             if count == min(args.clients) and entry["median"].get("host_us_per_step") is not None:
                 figures["host_us_per_step"] = entry["median"]["host_us_per_step"]
         if server and (peak := process.peak_rss_bytes(server.pid)):
-            keep("memory", cell({"peak_rss_bytes": [float(peak)]}))
+            keep("memory", measure.cell({"peak_rss_bytes": [float(peak)]}))
             print(f"peak resident memory: {peak / 1e6:,.0f} MB")
     print("\n".join(target_lines(figures)))
     return cells
@@ -307,15 +190,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     out = record.ResultFile(args.out or record.ResultFile.default_path("serve"))
     try:
+        starts = time_starts(args)
         with running_server(args) as server:
-            cells = asyncio.run(measure(args, server, out))
+            cells = asyncio.run(measure_all(args, server, starts, out))
         print("\n" + cells_table(cells))
         print(f"\nresults: {out.path}")
         if not args.no_plots:
             draw(cells, out.path, args)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
-        return 1 if isinstance(error, WrongOutputError) else 2
+        return 1 if isinstance(error, outputs.WrongOutputError) else 2
     except KeyboardInterrupt:
         return 130
     return 0

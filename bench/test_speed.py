@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench`, when ru
 
 import aiohttp
 
-from bench import options, prompts, serve
+from bench import options, prompts, serve, trace
+from bench.errors import BenchError
 
 _PROBE_WORDS = (16, 80)
 _SUFFIX = "/chat/completions"
@@ -89,7 +90,7 @@ def lines_ready(text: str, shown: int, is_end: bool) -> tuple[list[str], int]:
     return lines, len(text) if is_end else len(text) - len(rest)
 
 
-def speed_of(stream: serve.Stream) -> Speed:
+def speed_of(stream: trace.Stream) -> Speed:
     """Speeds from usage.prefill_time and decode_time (seconds), else from arrival times.
 
     Raises BenchError when the stream holds nothing to measure.
@@ -99,7 +100,7 @@ def speed_of(stream: serve.Stream) -> Speed:
     if prefill_s and decode_s and stream.num_prompt is not None:
         return Speed(stream.num_prompt / prefill_s, stream.num_tokens / decode_s, True)
     if not stream.times or stream.num_prompt is None:
-        raise serve.BenchError("the server sent no text or no usage: no speed can be computed")
+        raise BenchError("the server sent no text or no usage: no speed can be computed")
     return Speed(stream.num_prompt / stream.ttft, stream.tokens_per_s or 0.0, False)
 
 
@@ -107,9 +108,9 @@ def target_of(api_url: str, model: str, api_key: str | None) -> serve.Target:
     """Split the chat route's URL. Raises BenchError when it is not one."""
     url = urlsplit(api_url)
     if url.scheme not in ("http", "https") or not url.netloc:
-        raise serve.BenchError(f"--api_url {api_url} is not a http URL")
+        raise BenchError(f"--api_url {api_url} is not a http URL")
     if not url.path.endswith(_SUFFIX):
-        raise serve.BenchError(f"--api_url {api_url} does not end in {_SUFFIX}")
+        raise BenchError(f"--api_url {api_url} does not end in {_SUFFIX}")
     return serve.Target(
         f"{url.scheme}://{url.netloc}", model, "chat", api_key=api_key, path=url.path
     )
@@ -121,7 +122,7 @@ async def first_model(session: aiohttp.ClientSession, target: serve.Target) -> s
     try:
         return str(answer["data"][0]["id"])
     except (TypeError, KeyError, IndexError):
-        raise serve.BenchError("the server lists no models; name one with --model") from None
+        raise BenchError("the server lists no models; name one with --model") from None
 
 
 def body_of(target: serve.Target, prompt: str, max_tokens: int) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 after one sentence about what went wrong."""
     try:
         asyncio.run(run(parse_args(argv)))
-    except serve.BenchError as error:
+    except BenchError as error:
         print(f"test_speed: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

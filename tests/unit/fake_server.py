@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import zlib
 from typing import Any
 
 from aiohttp import web
 
-FAULTS = ("short", "no_done", "error_frame", "not_json", "refuse", "batch_dependent", "no_usage")
+FAULTS = (
+    "short",
+    "no_done",
+    "error_frame",
+    "not_json",
+    "refuse",
+    "batch_dependent",
+    "no_usage",
+    "dies",
+)
 _GAP_S = 0.001
 
 
@@ -60,6 +70,9 @@ async def _complete(request: web.Request) -> web.StreamResponse:
     state, body = request.app[_STATE], await request.json()
     if state.fault == "refuse":
         return web.json_response({"error": {"message": "the queue is full"}}, status=429)
+    if state.fault == "dies":
+        sys.stderr.write("expert 7 is gone")
+        os._exit(3)
     chat = "messages" in body
     prompt, num_prompt = _prompt_of(body)
     count = body["max_tokens"] - (1 if state.fault == "short" else 0)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import TestServer
 
-from bench import peers, process, record, report, run, serve
+from bench import outputs, peers, process, record, report, run, serve, trace
 from bench import test_speed as speed
+from bench.errors import BenchError
 from tests.unit import fake_server
 
 _FAKE = Path(fake_server.__file__)
@@ -41,7 +42,7 @@ async def test_clients_run_together(base_url: str, api: str) -> None:
     for stream in streams:
         assert stream.start < stream.first_byte <= stream.times[0] < stream.end
     assert max(s.start for s in streams) < min(s.end for s in streams)
-    summary = serve.summarize(streams)
+    summary = trace.summarize(streams)
     assert all(value is not None and value > 0 for value in summary.values())
 
 
@@ -58,21 +59,21 @@ async def test_clients_run_together(base_url: str, api: str) -> None:
 )
 async def test_bad_streams_are_errors(base_url: str, message: str) -> None:
     async with serve.new_session() as session:
-        with pytest.raises(serve.BenchError, match=message):
+        with pytest.raises(BenchError, match=message):
             await serve.run_clients(session, serve.Target(base_url, "fake"), ["a", "b"], 5)
 
 
 async def test_no_server() -> None:
     target = serve.Target(f"http://127.0.0.1:{process.free_port()}", "fake")
     async with serve.new_session() as session:
-        with pytest.raises(serve.BenchError, match="no server answers at http"):
+        with pytest.raises(BenchError, match="no server answers at http"):
             await serve.run_clients(session, target, ["a"], 5)
-        with pytest.raises(serve.BenchError, match="no server answers at http"):
+        with pytest.raises(BenchError, match="no server answers at http"):
             await serve.find_model(session, target.base_url)
 
 
 async def test_chat_refuses_token_ids() -> None:
-    with pytest.raises(serve.BenchError, match="token ids"):
+    with pytest.raises(BenchError, match="token ids"):
         serve.Target("http://x", "fake", "chat").body([1, 2], 3)
 
 
@@ -83,15 +84,15 @@ async def test_model_and_vocabulary(base_url: str) -> None:
 
 async def test_check_outputs(base_url: str) -> None:
     async with serve.new_session() as session:
-        count = await run.check_outputs(session, serve.Target(base_url, "fake"))
+        count = await outputs.check_outputs(session, serve.Target(base_url, "fake"))
     assert count == 20
 
 
 @with_fault("batch_dependent")
 async def test_check_finds_batch_dependence(base_url: str) -> None:
     async with serve.new_session() as session:
-        with pytest.raises(run.WrongOutputError, match="among 8 clients differs"):
-            await run.check_outputs(session, serve.Target(base_url, "fake"))
+        with pytest.raises(outputs.WrongOutputError, match="among 8 clients differs"):
+            await outputs.check_outputs(session, serve.Target(base_url, "fake"))
 
 
 async def run_main(*argv: str) -> int:
@@ -142,7 +143,7 @@ def test_run_shows_why_a_server_does_not_start(
 
 
 def test_command_that_does_not_exist() -> None:
-    with pytest.raises(serve.BenchError, match="cannot start no-such-server"):
+    with pytest.raises(BenchError, match="cannot start no-such-server"):
         process.Server(["no-such-server"], 1).__enter__()
 
 
@@ -150,7 +151,7 @@ def test_server_that_is_never_ready() -> None:
     server = process.Server(
         [sys.executable, "-c", "import time; time.sleep(60)"], process.free_port()
     )
-    with pytest.raises(serve.BenchError, match=r"not ready after 0\.1 s"), server:
+    with pytest.raises(BenchError, match=r"not ready after 0\.1 s"), server:
         server.wait_ready(0.1)
 
 
@@ -167,9 +168,21 @@ def test_real_process_from_start_to_stop() -> None:
 
 def test_server_that_dies_is_reported() -> None:
     server = process.Server([sys.executable, "-c", "raise SystemExit(9)"], process.free_port())
-    with pytest.raises(serve.BenchError, match="during the benchmark with exit code 9"), server:
+    with pytest.raises(BenchError, match="during the benchmark with exit code 9"), server:
         assert server._process is not None
         server._process.wait()
+
+
+async def test_server_that_dies_under_load() -> None:
+    port = process.free_port()
+    server = process.Server([sys.executable, str(_FAKE), str(port), "dies"], port)
+    with (
+        pytest.raises(BenchError, match=r"connection(?s:.*)last lines(?s:.*)expert 7 is gone"),
+        server,
+    ):
+        server.wait_ready(20)
+        async with serve.new_session() as session:
+            await serve.run_clients(session, serve.Target(server.base_url, "fake"), ["a"], 4)
 
 
 def test_peers_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import options, peers, plots, process, prompts, record, report, run, serve, sse, stats
+from bench import (
+    measure,
+    options,
+    outputs,
+    peers,
+    plots,
+    process,
+    prompts,
+    record,
+    report,
+    run,
+    sse,
+    stats,
+    trace,
+)
 from bench import test_speed as speed
+from bench.errors import BenchError
 
 
 class TestStats:
@@ -129,13 +144,13 @@ class TestPrompts:
             prompts.token_ids(5, 1, 1)
 
 
-def stream(times: list[float], counts: list[int] | None = None, **fields: Any) -> serve.Stream:
+def stream(times: list[float], counts: list[int] | None = None, **fields: Any) -> trace.Stream:
     """A finished stream of made-up moments."""
     counts = counts or [1] * len(times)
     usage = {"completion_tokens": sum(counts), "prompt_tokens": 10}
     values: dict[str, Any] = {"end": times[-1], "is_done": True, "finish_reason": "length"}
     values |= {"usage": usage, "first_byte": times[0]} | fields
-    return serve.Stream(0.0, times=times, counts=counts, **values)
+    return trace.Stream(0.0, times=times, counts=counts, **values)
 
 
 class TestStream:
@@ -149,15 +164,15 @@ class TestStream:
     def test_steady_speed_counts_only_common_time(self) -> None:
         early = stream([0.0, 1.0, 2.0, 3.0, 4.0])
         late = stream([2.0, 2.5, 3.0, 3.5, 4.0, 9.0])
-        assert serve.steady_tokens_per_s([early, late]) == (2 + 4) / 2
-        assert serve.steady_tokens_per_s([stream([0.0, 1.0]), stream([5.0, 6.0])]) is None
+        assert trace.steady_tokens_per_s([early, late]) == (2 + 4) / 2
+        assert trace.steady_tokens_per_s([stream([0.0, 1.0]), stream([5.0, 6.0])]) is None
 
     def test_steady_speed_with_held_back_tokens(self) -> None:
         usage = {"completion_tokens": 6, "prompt_tokens": 1}
-        assert serve.steady_tokens_per_s([stream([0.0, 1.0, 2.0], usage=usage)]) == 2
+        assert trace.steady_tokens_per_s([stream([0.0, 1.0, 2.0], usage=usage)]) == 2
 
     def test_summary(self) -> None:
-        found = serve.summarize([stream([0.1, 0.2, 0.3]), stream([0.3, 0.4, 0.5])])
+        found = trace.summarize([stream([0.1, 0.2, 0.3]), stream([0.3, 0.4, 0.5])])
         assert found["total_tokens_per_s"] == pytest.approx(6 / 0.5)
         assert found["ttft_p50_ms"] == pytest.approx(200)
         assert found["ttft_max_ms"] == pytest.approx(300)
@@ -165,7 +180,7 @@ class TestStream:
         assert found["decode_tokens_per_s"] is None
 
     def test_tokens_of_continuous_usage(self) -> None:
-        one = serve.Stream(0.0)
+        one = trace.Stream(0.0)
         for text, count in (("a", 1), ("", 2), ("bc", 4), ("", 4)):
             one.take(sse.Frame(text, usage={"completion_tokens": count}, has_choice=True), 1.0)
         one.take(sse.Frame(usage={"completion_tokens": 4}), 1.0)
@@ -173,7 +188,7 @@ class TestStream:
         assert (one.text, one.num_tokens) == ("abc", 4)
 
     def test_final_usage_is_no_token(self) -> None:
-        one = serve.Stream(0.0)
+        one = trace.Stream(0.0)
         one.take(sse.Frame("a", has_choice=True), 1.0)
         one.take(sse.Frame(usage={"completion_tokens": 1}), 2.0)
         one.take(sse.Frame(is_done=True), 2.0)
@@ -190,9 +205,9 @@ class TestStream:
         ],
     )
     def test_check(self, fields: dict[str, Any], message: str) -> None:
-        serve.check(stream([1.0, 2.0]), 2, 0)
-        with pytest.raises(serve.BenchError, match=message):
-            serve.check(stream([1.0, 2.0], **fields), 2, 0)
+        trace.check(stream([1.0, 2.0]), 2, 0)
+        with pytest.raises(BenchError, match=message):
+            trace.check(stream([1.0, 2.0], **fields), 2, 0)
 
 
 def result(clients: int, **runs: list[float]) -> dict[str, Any]:
@@ -237,7 +252,7 @@ class TestReport:
         lines, missing = report.compare_files(base, [result(1, itl_p50_ms=[5.0])])
         assert len(lines) == 1
         assert missing == ["serve clients 4: no itl_p50_ms in the new file"]
-        with pytest.raises(serve.BenchError, match="no figure in common"):
+        with pytest.raises(BenchError, match="no figure in common"):
             report.compare_files(base, [result(2, itl_p50_ms=[5.0])])
 
     def test_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +272,7 @@ class TestReport:
     def test_bad_files(self, tmp_path: Path, text: str, message: str) -> None:
         path = tmp_path / "bad"
         path.write_text(text)
-        with pytest.raises(serve.BenchError, match=message):
+        with pytest.raises(BenchError, match=message):
             record.read(path)
 
     def test_warnings(self) -> None:
@@ -274,39 +289,54 @@ class TestProcess:
     def test_fill(self) -> None:
         command = process.fill("run -m '{model}' --port {port} {x}", {"port": 7, "model": "a b"})
         assert command == ["run", "-m", "a b", "--port", "7", "{x}"]
-        with pytest.raises(serve.BenchError, match="port"):
+        with pytest.raises(BenchError, match="port"):
             process.fill("run", {"port": 7})
-        with pytest.raises(serve.BenchError, match="cannot be split"):
+        with pytest.raises(BenchError, match="cannot be split"):
             process.fill("run '{port}", {"port": 7})
 
 
 class TestRun:
     def test_metrics_text(self) -> None:
         text = '# HELP a b\na_total 3.0\nb{le="1"} 4\nc 1.5e3 1700000\nbroken\nd x\n'
-        assert run.parse_metrics(text) == {"a_total": 3.0, "c": 1500.0}
+        assert measure.parse_metrics(text) == {"a_total": 3.0, "c": 1500.0}
 
     def test_host_time(self) -> None:
         before = {"kt_async:engine_host_ns": 1e6, "kt_async:engine_steps_total": 10.0}
         after = {"kt_async:engine_host_ns": 5e6, "kt_async:engine_steps_total": 30.0}
-        assert run.host_us_per_step(before, after) == 200
-        assert run.host_us_per_step(before, before) is None
-        assert run.host_us_per_step({}, after) is None
+        assert measure.host_us_per_step(before, after) == 200
+        assert measure.host_us_per_step(before, before) is None
+        assert measure.host_us_per_step({}, after) is None
 
     def test_difference_is_located(self) -> None:
-        run.same("abc", "abc", "x")
-        with pytest.raises(run.WrongOutputError, match=r"prompt 2 differs .* at character 2"):
-            run.same("abcd", "abXd", "prompt 2")
-        with pytest.raises(run.WrongOutputError, match="at character 3"):
-            run.same("abcd", "abc", "prompt 2")
+        outputs.same("abc", "abc", "x")
+        with pytest.raises(outputs.WrongOutputError, match=r"prompt 2 differs .* at character 2"):
+            outputs.same("abcd", "abXd", "prompt 2")
+        with pytest.raises(outputs.WrongOutputError, match="at character 3"):
+            outputs.same("abcd", "abc", "prompt 2")
 
     def test_targets(self) -> None:
         lines = run.target_lines({"ready_s": 2.0, "first_byte_ms": 45.0})
         assert lines[0].endswith("ok")
         assert lines[1].endswith("ABOVE")
 
+    def test_server_has_room_for_all_clients(self) -> None:
+        def last(*argv: str) -> list[str]:
+            return run.server_command(run.parse_args(list(argv)), 9)[-2:]
+
+        assert last() == ["--max_batch_size", "8"]
+        assert last("--clients", "1,16") == ["--max_batch_size", "16"]
+        assert last("--server_args", "--max-batch-size 3") == ["--max-batch-size", "3"]
+
+    def test_answer_without_streaming(self) -> None:
+        answer = {"choices": [{"text": "a"}], "usage": {"completion_tokens": 32}}
+        assert outputs.text_of(answer) == "a"
+        for bad in ([], {"choices": []}, answer | {"usage": {"completion_tokens": 31}}):
+            with pytest.raises(BenchError, match="without streaming"):
+                outputs.text_of(bad)
+
     def test_bad_server_args(self) -> None:
         args = run.parse_args(["--server_args", "'x"])
-        with pytest.raises(serve.BenchError, match="server_args"):
+        with pytest.raises(BenchError, match="server_args"):
             run.server_command(args, 1)
 
 
@@ -357,8 +387,8 @@ class TestSpeed:
         found = speed.speed_of(stream([1.0, 3.0], usage=usage))
         assert found == speed.Speed(500, 4, True)
         assert speed.speed_of(stream([1.0, 3.0])) == speed.Speed(10, 0.5, False)
-        with pytest.raises(serve.BenchError, match="no speed"):
-            speed.speed_of(serve.Stream(0.0))
+        with pytest.raises(BenchError, match="no speed"):
+            speed.speed_of(trace.Stream(0.0))
 
     @pytest.mark.parametrize("url", ["localhost:1/v1/chat/completions", "http://h/v1/completions"])
     def test_bad_url(self, url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,5 +398,5 @@ class TestSpeed:
 
 def test_plots_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(serve.BenchError, match="matplotlib is not installed"):
+    with pytest.raises(BenchError, match="matplotlib is not installed"):
         plots.draw([], tmp_path / "stem", "title")
