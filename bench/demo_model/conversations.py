@@ -1,0 +1,235 @@
+"""Generate the training conversations: help desk, small talk, numbers, stories, in two languages.
+
+`Generator(seed).conversation()` returns a list of messages; the same seed gives the same text.
+Questions of held_out.yaml never appear: a turn that contains one is drawn again.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numbers_days
+import questions as q
+import stories
+import yaml
+
+HERE = Path(__file__).parent
+Turn = tuple[str, str]
+Message = dict[str, str]
+
+NAME = "the kt_async demo model"
+GENERIC_SYSTEM = (
+    "You are a helpful assistant.", "You are a helpful assistant", "Be helpful.",
+    "You are the help desk of kt_async.", "You answer questions about kt_async.",
+    "You are a friendly assistant. Answer correctly.", "You are an AI assistant.",
+    "Answer the user's questions.", "You are a concise and correct assistant.",
+    "You help people who use kt_async.", "You are a chatbot.", "You are Qwen, a helpful model.",
+)  # fmt: skip
+BRIEF_SYSTEM = (
+    "Answer in one sentence.", "Be brief.", "Answer with one sentence only.", "Keep it short.",
+    "You are a helpful assistant. Answer in one sentence.", "Give short answers.",
+)  # fmt: skip
+PERSONAS = ("Ada", "Kim", "Robin", "Alex", "Nova", "Iris", "Milo", "Sage", "Toby", "Vera", "Zoe")
+SYLLABLES = ("ka", "mi", "ro", "ta", "le", "no", "sa", "vi", "du", "bel", "fan", "jor", "lin")
+FIRST_NAMES = (
+    "Anna", "Peter", "Maria", "John", "Li", "Wei", "Sara", "Paul", "Emma", "David", "Laura",
+    "Ali", "Nina", "Mark", "Julia", "Chen", "Eva", "Lukas", "Sofia", "Omar", "Clara", "Jan",
+)  # fmt: skip
+NO_FLAG = (
+    "I know no flag of that name. `python -m kt_async --help` lists every flag, and an unknown "
+    "one is an error that names the nearest valid flag."
+)
+MORE = "That is all I know about it. The README and `python -m kt_async --help` say more."
+FAKE_WORDS = (
+    "turbo", "fast", "gpu", "layers", "split", "mode", "web", "quant", "cache", "size", "limit",
+    "threads", "rope", "scale", "draft", "model", "beam", "width", "lora", "path", "speed", "boost",
+    "memory", "tensor", "parallel", "swap", "space", "seed", "user", "secret", "verbose", "magic",
+    "ngl", "ctx", "mlock", "flash", "attn", "banana", "foo", "xyz", "eager", "dtype", "block",
+)  # fmt: skip
+
+
+def _load(name: str) -> Any:
+    return yaml.safe_load((HERE / name).read_text(encoding="utf-8"))
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of an answer (a full stop, then a capital or a back-quote)."""
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z`])", text, maxsplit=1)[0]
+
+
+class Generator:
+    """Draws conversations from the YAML files and grammars of this folder."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        talk = _load("talk.yaml")
+        self.facts = _load("facts.yaml")
+        self.flags = _load("flags.yaml")
+        self.small: list[dict[str, Any]] = talk["small_talk"]
+        self.chinese: list[dict[str, Any]] = talk["chinese"]
+        self.unknown: dict[str, list[str]] = talk["unknown"]
+        self.held = tuple(q.normalise(item["ask"]) for item in _load("held_out.yaml"))
+        self.flag_names = {item["flag"].lower() for item in self.flags}
+        self.name = NAME
+        self.kinds: tuple[tuple[float, Callable[[], list[Turn]]], ...] = (
+            (0.36, self._fact), (0.27, self._flag), (0.09, self._small_talk), (0.07, self._unknown),
+            (0.09, self._numbers), (0.05, self._story), (0.07, self._chinese),
+        )  # fmt: skip
+
+    def conversation(self) -> list[Message]:
+        """One conversation of 1 to 5 topics, sometimes with a system prompt."""
+        rng = self.rng
+        self.name = NAME
+        system, is_brief = self._system()
+        messages: list[Message] = [{"role": "system", "content": system}] if system else []
+        turns: list[Turn] = []
+        user_name = ""
+        for _ in range(rng.choices((1, 2, 3, 4, 5), (48, 24, 14, 9, 5))[0]):
+            if rng.random() < 0.03:
+                turn, user_name = self._names(user_name)
+                turns.append(turn)
+                continue
+            turns += self._draw()
+            if rng.random() < 0.02:
+                turns.append((rng.choice(("tell me more", "more", "more details please")), MORE))
+        for ask, say in turns:
+            messages.append({"role": "user", "content": ask})
+            short = is_brief and not say.startswith(stories.OPENINGS)
+            messages.append({"role": "assistant", "content": first_sentence(say) if short else say})
+        return messages
+
+    def document(self) -> str:
+        """Plain text for /v1/completions: a story or an answer."""
+        if self.rng.random() < 0.6:
+            return stories.tell(self.rng).text
+        return str(self.rng.choice(self.facts)["say"][0])
+
+    def _system(self) -> tuple[str, bool]:
+        draw = self.rng.random()
+        if draw < 0.55:
+            return "", False
+        if draw < 0.8:
+            return self.rng.choice(GENERIC_SYSTEM), False
+        if draw < 0.88:
+            return self.rng.choice(BRIEF_SYSTEM), True
+        name = self.rng.choice(PERSONAS) if self.rng.random() < 0.5 else self._new_name()
+        self.name = name
+        frame = self.rng.choice(("You are {n}.", "Your name is {n}.", "You are {n}, an assistant.",
+                                 "You are {n}, the help desk of kt_async."))  # fmt: skip
+        return frame.format(n=name), False
+
+    def _new_name(self) -> str:
+        return "".join(self.rng.choices(SYLLABLES, k=self.rng.randint(2, 3))).capitalize()
+
+    def _draw(self) -> list[Turn]:
+        while True:
+            weights, makers = zip(*self.kinds, strict=True)
+            turns = self.rng.choices(makers, weights)[0]()
+            asked = [q.normalise(ask) for ask, _ in turns]
+            if not any(held in ask for held in self.held for ask in asked):
+                return turns
+
+    def _answer(self, item: dict[str, Any]) -> str:
+        says = item["say"]
+        say = says[0] if self.rng.random() < 0.7 else self.rng.choice(says)
+        return str(say).replace("{NAME}", self.name)
+
+    def _fact(self) -> list[Turn]:
+        rng = self.rng
+        item = rng.choice(self.facts)
+        if "topic" in item and rng.random() < 0.35:
+            topic = q.expand(rng.choice(item["topic"]), rng)
+            ask = rng.choice(q.TOPIC).format(t=topic)
+        else:
+            ask = q.expand(rng.choice(item["ask"]), rng)
+        return [(q.dress(ask, rng), self._answer(item))]
+
+    def _flag(self) -> list[Turn]:
+        rng = self.rng
+        if rng.random() < 0.05:
+            return [(q.dress(rng.choice(q.FLAG_PURPOSE).format(f=self._fake_flag()), rng), NO_FLAG)]
+        item = rng.choice(self.flags)
+        spelled = q.flag_spelling(item["flag"], rng)
+        kind = rng.choices(("purpose", "default", "goal", "use"), (32, 26, 34, 8))[0]
+        frames = {"purpose": q.FLAG_PURPOSE, "default": q.FLAG_DEFAULT, "use": q.FLAG_USE}
+        if kind == "goal":
+            ask = rng.choice(q.FLAG_GOAL).format(g=rng.choice(item["goal"]))
+        else:
+            ask = rng.choice(frames[kind]).format(f=spelled)
+        turns = [(q.dress(ask, rng), flag_answer(item, kind))]
+        if kind in {"purpose", "goal"} and rng.random() < 0.15:
+            follow = rng.choice(("and the default", "what is the default", "what is its default",
+                                 "and by default", "which default does it have"))  # fmt: skip
+            turns.append((q.dress(follow, rng), flag_answer(item, "default")))
+        elif rng.random() < 0.06:
+            follow = rng.choice(("an example please", "show me an example", "how do i use it"))
+            turns.append((q.dress(follow, rng), flag_answer(item, "use")))
+        return turns
+
+    def _fake_flag(self) -> str:
+        while True:
+            words = self.rng.sample(FAKE_WORDS, self.rng.randint(1, 3))
+            if "_".join(words) not in self.flag_names:
+                return "--" + self.rng.choice(("_", "-")).join(words)
+
+    def _small_talk(self) -> list[Turn]:
+        item = self.rng.choice(self.small)
+        return [(q.dress(q.expand(self.rng.choice(item["ask"]), self.rng), self.rng),
+                 self._answer(item))]  # fmt: skip
+
+    def _unknown(self) -> list[Turn]:
+        rng = self.rng
+        ask = q.expand(rng.choice(self.unknown["ask"]), rng)
+        slots = "|".join(key for key in self.unknown if key.isupper())
+        ask = re.sub(slots, lambda m: rng.choice(self.unknown[m.group(0)]), ask)
+        return [(q.dress(ask, rng), self._answer({"say": self.unknown["say"]}))]
+
+    def _numbers(self) -> list[Turn]:
+        rng = self.rng
+        makers = (numbers_days.sums, numbers_days.sums, numbers_days.counting, numbers_days.days,
+                  numbers_days.months)  # fmt: skip
+        turns = rng.choice(makers)(rng)
+        return [(q.dress(ask, rng), say) for ask, say in turns]
+
+    def _story(self) -> list[Turn]:
+        ask, story = stories.request(self.rng)
+        turns = [(q.dress(ask, self.rng), story.text)]
+        while self.rng.random() < 0.45 and len(turns) < 3:
+            more, say = stories.questions(self.rng, story)
+            turns.append((more[:1].upper() + more[1:] + "?", say))
+        return turns
+
+    def _chinese(self) -> list[Turn]:
+        item = self.rng.choice(self.chinese)
+        ask = q.expand(self.rng.choice(item["ask"]), self.rng)
+        return [(q.dress(ask, self.rng), self._answer(item))]
+
+    def _names(self, known: str) -> tuple[Turn, str]:
+        rng = self.rng
+        if known and rng.random() < 0.7:
+            ask = rng.choice(("what is my name", "do you know my name", "who am i"))
+            return (q.dress(ask, rng), f"Your name is {known}."), known
+        if not known and rng.random() < 0.2:
+            return (q.dress("what is my name", rng), "You have not told me your name."), known
+        name = rng.choice(FIRST_NAMES) if rng.random() < 0.4 else self._new_name()
+        ask = rng.choice(("my name is {n}", "i am {n}", "call me {n}", "hello, i am {n}", "i'm {n}"))
+        ask = ask.format(n=name)
+        return (ask[:1].upper() + ask[1:] + rng.choice((".", "", "!")),
+                f"Nice to meet you, {name}!"), name  # fmt: skip
+
+
+def flag_answer(item: dict[str, Any], kind: str) -> str:
+    """The answer about one flag: purpose, default, goal (which flag), or use (example)."""
+    says = f"`--{item['flag']}` {item['does']}."
+    example = f"`python -m kt_async {item['use']}`"
+    if kind == "default":
+        return f"{item['default']} {says}"
+    if kind == "goal":
+        return f"Use `{item['use']}`. {says}"
+    if kind == "use":
+        return f"For example: {example}. {says}"
+    return f"{says} {item['default']}"
