@@ -56,22 +56,17 @@ class Measurement:
 
     async def clients(self, count: int) -> dict[str, Any]:
         """All runs of one number of clients, after a warm-up run."""
-        args, runs, raw = self._args, [], []
-        before: dict[str, float] = {}
+        args, raw = self._args, []
+        runs: list[dict[str, float | None]] = []
         for index in range(args.runs + 1):
-            if index == 1:
-                before = await self.counters()
             load = [self.prompt(args.prompt_tokens) for _ in range(count)]
+            before = await self.counters()
             streams = await serve.run_clients(self._session, self._target, load, args.max_tokens)
+            host = host_us_per_step(before, await self.counters())
             if index:
-                runs.append(trace.summarize(streams))
+                runs.append(trace.summarize(streams) | {"host_us_per_step": host})
                 raw.append([trace.raw_sample(stream) for stream in streams])
-        samples: dict[str, list[float | None]] = {
-            name: [run[name] for run in runs] for name in runs[0]
-        }
-        host = host_us_per_step(before, await self.counters())
-        if host is not None:
-            samples["host_us_per_step"] = [host]
+        samples = {name: [run[name] for run in runs] for name in runs[0]}
         shape = {
             "clients": count,
             "prompt_tokens": args.prompt_tokens,

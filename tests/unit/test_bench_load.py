@@ -173,7 +173,11 @@ def test_server_that_dies_is_reported() -> None:
         server._process.wait()
 
 
-async def test_server_that_dies_under_load() -> None:
+def test_server_that_dies_under_load() -> None:
+    async def load(target: serve.Target) -> None:
+        async with serve.new_session() as session:
+            await serve.run_clients(session, target, ["a"], 4)
+
     port = process.free_port()
     server = process.Server([sys.executable, str(_FAKE), str(port), "dies"], port)
     with (
@@ -181,8 +185,7 @@ async def test_server_that_dies_under_load() -> None:
         server,
     ):
         server.wait_ready(20)
-        async with serve.new_session() as session:
-            await serve.run_clients(session, serve.Target(server.base_url, "fake"), ["a"], 4)
+        asyncio.run(load(serve.Target(server.base_url, "fake")))
 
 
 def test_peers_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
