@@ -1,4 +1,5 @@
-// Entry points for tensor types and single packed matrices (tests, benchmarks, kt_experts_multiply).
+// Entry points for tensor types and single packed matrices (tests, benchmarks,
+// kt_experts_multiply).
 #include <cstring>
 #include <memory>
 #include <string>
@@ -101,7 +102,9 @@ int32_t kt_dequantize(int32_t type, const void* src, int64_t num_weights, float*
                         ", not a multiple of the " + traits.name + " block of " +
                         std::to_string(traits.block_size));
     }
-    if (num_weights == 0) return KT_OK;
+    if (num_weights == 0) {
+      return KT_OK;
+    }
     kt::require_handle(src, "src");
     kt::require_handle(dst, "dst");
     kt::dequantize_row(type, static_cast<const uint8_t*>(src), num_weights, dst);
@@ -119,8 +122,7 @@ int32_t kt_matrix_create(kt_pool* pool, const kt_tensor* tensor, kt_matrix** out
     matrix->pool = pool;
     matrix->view = kt::describe_matrix(*tensor);
     matrix->gguf_bytes = tensor->num_bytes;
-    uint8_t* data =
-        matrix->memory.allocate(matrix->view.expert_bytes * matrix->view.num_experts);
+    uint8_t* data = matrix->memory.allocate(matrix->view.expert_bytes * matrix->view.num_experts);
     matrix->view.data = data;
     kt::pack_all(matrix.get(), *tensor, data);
     *out = matrix.release();
@@ -167,8 +169,12 @@ int32_t kt_matrix_multiply(const kt_matrix* matrix, int32_t expert, const float*
       kt::fail_argument("expert is " + std::to_string(expert) + ", the matrix has " +
                         std::to_string(w.num_experts));
     }
-    if (num_rows < 0) kt::fail_argument("num_rows is " + std::to_string(num_rows));
-    if (num_rows == 0) return KT_OK;
+    if (num_rows < 0) {
+      kt::fail_argument("num_rows is " + std::to_string(num_rows));
+    }
+    if (num_rows == 0) {
+      return KT_OK;
+    }
     kt::require_handle(x, "x");
     kt::require_handle(out, "out");
     kt::multiply(*matrix, expert, x, num_rows, out);

@@ -25,14 +25,14 @@ enum ActKind : int32_t {
 
 // Packed weights of one tensor. Owned by whoever packed them; immutable afterwards.
 struct Matrix {
-  int32_t type = 0;         // ggml type
-  int32_t rows = 0;         // output features per expert
-  int32_t cols = 0;         // input features
+  int32_t type = 0;  // ggml type
+  int32_t rows = 0;  // output features per expert
+  int32_t cols = 0;  // input features
   int32_t num_experts = 1;
-  int32_t num_bands = 0;    // per expert: ceil(rows / 16); missing rows are zero
+  int32_t num_bands = 0;  // per expert: ceil(rows / 16); missing rows are zero
   ActKind act = kActF32;
-  int64_t band_bytes = 0;   // multiple of 64
-  int64_t expert_bytes = 0; // num_bands * band_bytes
+  int64_t band_bytes = 0;         // multiple of 64
+  int64_t expert_bytes = 0;       // num_bands * band_bytes
   const uint8_t* data = nullptr;  // 64-byte aligned
 };
 

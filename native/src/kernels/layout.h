@@ -54,16 +54,24 @@ struct ActLayout {
   switch (type) {
     case kQ4_0:
     case kIQ4_NL:
-    case kQ4_K: return 2304;
-    case kQ4_1: return 2560;
+    case kQ4_K:
+      return 2304;
+    case kQ4_1:
+      return 2560;
     case kQ5_0:
-    case kQ5_K: return 2816;
-    case kQ5_1: return 3072;
-    case kQ6_K: return 3328;
-    case kQ8_0: return 4352;
+    case kQ5_K:
+      return 2816;
+    case kQ5_1:
+      return 3072;
+    case kQ6_K:
+      return 3328;
+    case kQ8_0:
+      return 4352;
     case kIQ4_XS:
-    case kMXFP4: return 2176;
-    default: return 0;
+    case kMXFP4:
+      return 2176;
+    default:
+      return 0;
   }
 }
 

@@ -109,7 +109,9 @@ struct V {
       unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
       largest = _mm256_max_ps(_mm256_and_ps(v, sign), largest);
     }
-    if (_mm256_movemask_ps(unordered) != 0) return __builtin_nanf("");
+    if (_mm256_movemask_ps(unordered) != 0) {
+      return __builtin_nanf("");
+    }
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     four = _mm_max_ss(four, _mm_movehdup_ps(four));
@@ -125,13 +127,13 @@ struct V {
       a = _mm256_and_si256(a, low_byte);
       b = _mm256_and_si256(b, low_byte);
       const I words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
-      const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words),
-                                             _mm256_extracti128_si256(words, 1));
+      const __m128i bytes =
+          _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * half), bytes);
       const I wide = _mm256_cvtepi8_epi16(bytes);
       const I pairs = _mm256_madd_epi16(wide, _mm256_set1_epi16(1));
-      __m128i four = _mm_add_epi32(_mm256_castsi256_si128(pairs),
-                                   _mm256_extracti128_si256(pairs, 1));
+      __m128i four =
+          _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
       four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
       four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
       sums[half] = _mm_cvtsi128_si32(four);

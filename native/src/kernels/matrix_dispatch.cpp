@@ -13,14 +13,19 @@ const MatrixKernels* matrix_kernels_avx512vnni();
 
 const MatrixKernels* matrix_kernels(int32_t isa) {
   switch (isa) {
-    case KT_ISA_SCALAR: return matrix_kernels_scalar();
+    case KT_ISA_SCALAR:
+      return matrix_kernels_scalar();
 #if defined(__x86_64__)
-    case KT_ISA_AVX2: return matrix_kernels_avx2();
-    case KT_ISA_AVX512: return matrix_kernels_avx512();
+    case KT_ISA_AVX2:
+      return matrix_kernels_avx2();
+    case KT_ISA_AVX512:
+      return matrix_kernels_avx512();
     case KT_ISA_AVX512VNNI:
-    case KT_ISA_AMX: return matrix_kernels_avx512vnni();
+    case KT_ISA_AMX:
+      return matrix_kernels_avx512vnni();
 #endif
-    default: return nullptr;
+    default:
+      return nullptr;
   }
 }
 

@@ -2,9 +2,10 @@
 //
 // Weights are decoded to (int8, scale, min) per 16 columns exactly as gguf does; a 32-block adds
 //     scale_x * (s0 * dot0 + s1 * dot1) - (m0 * sum0 + m1 * sum1)
-// in f32, blocks in order, where dot0, dot1 are exact integer sums of 16 columns. The vector kernels
-// compute the same integers and round the f32 part in their own fixed order.
+// in f32, blocks in order, where dot0, dot1 are exact integer sums of 16 columns. The vector
+// kernels compute the same integers and round the f32 part in their own fixed order.
 #include <math.h>
+
 #include <cstring>
 
 #include "kernels/kernels.h"
@@ -22,14 +23,18 @@ void prepare_q8(const float* x, int32_t cols, int32_t first, int32_t count, uint
     float largest = 0.0f;
     for (int32_t k = 0; k < width; ++k) {
       const float value = fabsf(x[start + k]);
-      largest = value > largest ? value : largest;
+      largest = value > largest || value != value ? value : largest;
+      if (largest != largest) {
+        break;  // NaN: the scale carries it
+      }
     }
-    const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    const float inverse = largest == 0.0f ? 0.0f : 127.0f / largest;
     const float scale = largest / 127.0f;
     int8_t q[32] = {};
     int32_t sums[2] = {};
     for (int32_t k = 0; k < width; ++k) {
-      q[k] = static_cast<int8_t>(lrintf(x[start + k] * inverse));
+      const float value = x[start + k] * inverse;
+      q[k] = fabsf(value) <= 127.5f ? static_cast<int8_t>(lrintf(value)) : int8_t{0};
       sums[k / 16] += q[k];
     }
     const int32_t off32[2] = {-32 * sums[0], -32 * sums[1]};
@@ -48,7 +53,9 @@ void prepare_q8(const float* x, int32_t cols, int32_t first, int32_t count, uint
 
 void prepare(ActKind kind, const float* x, int32_t cols, int32_t first, int32_t count,
              uint8_t* dst) {
-  if (kind == kActQ8) return prepare_q8(x, cols, first, count, dst);
+  if (kind == kActQ8) {
+    return prepare_q8(x, cols, first, count, dst);
+  }
   std::memcpy(dst + 4 * static_cast<int64_t>(first), x, static_cast<size_t>(count) * 4);
   if (first + count == cols) {  // the tail of the last vector is read by the vector kernels
     const int64_t used = 4 * static_cast<int64_t>(cols);
@@ -79,7 +86,9 @@ void multiply_float(const Matrix& w, const uint8_t* band, const uint8_t* acts, i
         even += row[k] * x[k];
         odd += row[k + 1] * x[k + 1];
       }
-      if (k < w.cols) even += row[k] * x[k];
+      if (k < w.cols) {
+        even += row[k] * x[k];
+      }
       out[i * out_stride + r] = even + odd;
     }
   }
@@ -95,7 +104,9 @@ float add_tile(const DecodedBlock& w, int32_t first_block, int32_t num_blocks, c
     std::memcpy(&scale, x + at.scale + 4 * (first_block + b), 4);
     std::memcpy(sum16, x + at.sum16 + 8 * (first_block + b), 8);
     int32_t dot[2] = {};
-    for (int k = 0; k < 32; ++k) dot[k / 16] += w.q[32 * b + k] * q[k];
+    for (int k = 0; k < 32; ++k) {
+      dot[k / 16] += w.q[32 * b + k] * q[k];
+    }
     const float* s = w.scale + 2 * b;
     const float* low = w.min + 2 * b;
     total += scale * (s[0] * static_cast<float>(dot[0]) + s[1] * static_cast<float>(dot[1]));
@@ -117,7 +128,9 @@ void decode_tile(const Matrix& w, const uint8_t* band, int32_t tile, int32_t row
         static_cast<int64_t>(w.cols) / traits->block_size * traits->block_bytes;
     src = band + row * row_bytes + tile * (kTileCols / traits->block_size * traits->block_bytes);
   }
-  if (traits->block_size == kTileCols) return decode_block(w.type, src, out);
+  if (traits->block_size == kTileCols) {
+    return decode_block(w.type, src, out);
+  }
   for (int32_t b = 0; b < num_cols / 32; ++b) {
     DecodedBlock part;
     decode_block(w.type, src + b * traits->block_bytes, &part);
@@ -132,7 +145,9 @@ void multiply_q8(const Matrix& w, const uint8_t* band, const uint8_t* acts, int6
                  DecodedBlock* decoded) {
   const ActLayout at = act_layout(w.cols);
   for (int32_t i = 0; i < m; ++i) {
-    for (int32_t r = 0; r < kBandRows; ++r) out[i * out_stride + r] = 0.0f;
+    for (int32_t r = 0; r < kBandRows; ++r) {
+      out[i * out_stride + r] = 0.0f;
+    }
   }
   for (int32_t tile = 0; tile * kTileCols < w.cols; ++tile) {
     const int32_t left = w.cols - tile * kTileCols;

@@ -117,7 +117,9 @@ inline void add_top_bits(V::I bits, V::I* lo, V::I* hi) {
 // A 16-entry table in every 128-bit lane.
 inline V::I table(const int8_t* values, int add) {
   alignas(16) int8_t bytes[16];
-  for (int i = 0; i < 16; ++i) bytes[i] = static_cast<int8_t>(values[i] + add);
+  for (int i = 0; i < 16; ++i) {
+    bytes[i] = static_cast<int8_t>(values[i] + add);
+  }
   return V::repeat128(bytes);
 }
 
@@ -130,7 +132,9 @@ struct Q8_0 : Signed8 {
   const uint8_t* d;
   Q8_0(const uint8_t* at, const uint8_t*, int nb, int half)
       : tile(at + half * 32), d(at + nb * 512 + half * 16) {
-    for (int i = 0; i < nb * 32; i += 64) prefetch(at + nb * 512 + i);
+    for (int i = 0; i < nb * 32; i += 64) {
+      prefetch(at + nb * 512 + i);
+    }
   }
   template <int kJ>
   void pair(int b, V::I* lo, V::I* hi) const {
@@ -156,12 +160,12 @@ struct Nibbles : T {
   int blocks;
   Nibbles(const uint8_t* at, const uint8_t*, int nb, int half)
       : tile(at + half * 32), d(at + nb * kD + half * 16), blocks(nb) {
-    for (int i = 0; i < nb * 32; i += 64) prefetch(at + nb * kD + i);
+    for (int i = 0; i < nb * 32; i += 64) {
+      prefetch(at + nb * kD + i);
+    }
   }
   V::F scale(int b) const { return V::halves(d + b * 32); }
-  V::F min(int b) const {
-    return V::mul(V::halves(d + blocks * 32 + b * 32), V::set_f(-1.0f));
-  }
+  V::F min(int b) const { return V::mul(V::halves(d + blocks * 32 + b * 32), V::set_f(-1.0f)); }
 };
 
 template <class T>
@@ -180,7 +184,9 @@ struct Q5 : Nibbles<T, 320> {
   const uint8_t* top;
   Q5(const uint8_t* at, const uint8_t* halves, int nb, int half)
       : Nibbles<T, 320>(at, halves, nb, half), top(at + nb * 256 + half * 32) {
-    for (int i = 0; i < nb * 64; i += 64) prefetch(at + nb * 256 + i);
+    for (int i = 0; i < nb * 64; i += 64) {
+      prefetch(at + nb * 256 + i);
+    }
   }
   template <int kJ>
   void pair(int b, V::I* lo, V::I* hi) const {
@@ -239,7 +245,9 @@ struct MXFP4 : Offset5 {  // values -12..12 stored as 4..28
   V::I values;
   MXFP4(const uint8_t* at, const uint8_t*, int nb, int half)
       : tile(at + half * 32), e(at + nb * 256 + half * 8), values(table(kMxfp4Values, 16)) {
-    for (int i = 0; i < nb * 16; i += 64) prefetch(at + nb * 256 + i);
+    for (int i = 0; i < nb * 16; i += 64) {
+      prefetch(at + nb * 256 + i);
+    }
   }
   template <int kJ>
   void pair(int b, V::I* lo, V::I* hi) const {
@@ -258,7 +266,9 @@ struct KScales {
   V::F d, dmin;
   KScales(const uint8_t* planes, int half)
       : d(V::halves(planes + 192 + half * 16)), dmin(V::halves(planes + 224 + half * 16)) {
-    for (int i = 0; i < 256; i += 64) prefetch(planes + i);
+    for (int i = 0; i < 256; i += 64) {
+      prefetch(planes + i);
+    }
     const V::I six = V::set8(63), four = V::set8(15), top = V::set8(0x30);
     for (int i = 0; i < 64; i += V::kBytes) {  // four planes at a time
       const V::I a = V::load(planes + i);
@@ -267,8 +277,7 @@ struct KScales {
       V::store(&value[0][0] + i, V::and_(a, six));
       V::store(&value[4][0] + i, V::or_masked(V::and_(c, four), V::srl16<2>(a), top));
       V::store(&value[8][0] + i, V::and_(b, six));
-      V::store(&value[12][0] + i,
-               V::or_masked(V::and_(V::srl16<4>(c), four), V::srl16<2>(b), top));
+      V::store(&value[12][0] + i, V::or_masked(V::and_(V::srl16<4>(c), four), V::srl16<2>(b), top));
     }
     shift = half * 8;
   }
@@ -299,7 +308,9 @@ struct Q5_K : Unsigned5 {
   void pair(int b, V::I* lo, V::I* hi) const {
     split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
     const uint8_t* bits = tile + 2048 + b * 64;
-    if constexpr (kJ == 0) prefetch(bits);
+    if constexpr (kJ == 0) {
+      prefetch(bits);
+    }
     add_top_bits<kJ>(V::load(bits), lo, hi);
   }
   V::F scale(int b) const { return scales.scale(b); }
@@ -312,7 +323,9 @@ struct Q6_K : Offset6 {
   V::F d;
   Q6_K(const uint8_t* at, const uint8_t* halves, int, int half)
       : tile(at + half * 32), bytes(at + 3072 + half * 8), d(V::halves(halves + half * 16)) {
-    for (int i = 0; i < 256; i += 64) prefetch(at + 3072 + i);
+    for (int i = 0; i < 256; i += 64) {
+      prefetch(at + 3072 + i);
+    }
   }
   template <int kJ>
   void pair(int b, V::I* lo, V::I* hi) const {
@@ -385,7 +398,9 @@ void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedT
       decode_pairs(format, b, &tile->lines[8 * b][0] + half * 32);
       for (int i = b * kPerBlock; i < (b + 1) * kPerBlock; ++i) {
         V::store_f(&tile->scale[i][half * 8], format.scale(i));
-        if constexpr (Format::kMin) V::store_f(&tile->min[i][half * 8], format.min(i));
+        if constexpr (Format::kMin) {
+          V::store_f(&tile->min[i][half * 8], format.min(i));
+        }
       }
     }
   }
@@ -425,13 +440,15 @@ struct Dots {
       if constexpr (kNative) {
         sum[i] = V::dot_u8(sum[i], weights, values);
       } else {
-        const V::I products = T::kMax == 255 ? V::dot16_s8(weights, values)
-                                             : V::dot16_u8(weights, values);
+        const V::I products =
+            T::kMax == 255 ? V::dot16_s8(weights, values) : V::dot16_u8(weights, values);
         if constexpr (kRun == 1) {
           sum[i] = V::add32(sum[i], V::pairs32(products));
         } else {
           part[i] = kIndex % kRun == 0 ? products : V::add16(part[i], products);
-          if constexpr (kIndex % kRun == kRun - 1) sum[i] = V::add32(sum[i], V::pairs32(part[i]));
+          if constexpr (kIndex % kRun == kRun - 1) {
+            sum[i] = V::add32(sum[i], V::pairs32(part[i]));
+          }
         }
       }
     }
@@ -458,7 +475,9 @@ inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int
       dots.template add<2>(x, q + 8, lo);
       dots.template add<3>(x, q + 12, hi);
       V::F scale = w.scale(2 * b);
-      for (int i = 0; i < M; ++i) part[i] = V::mul(V::to_float(dots.sum[i]), scale);
+      for (int i = 0; i < M; ++i) {
+        part[i] = V::mul(V::to_float(dots.sum[i]), scale);
+      }
       dots.start(x, at.off32 + 2 * meta + 4);
       w.template pair<2>(b, &lo, &hi);
       dots.template add<0>(x, q + 16, lo);
@@ -533,7 +552,9 @@ struct BandJob {
 // Rows [first, first + count) of the job, count <= M: spare lanes repeat the last row.
 template <int M>
 inline void gather_rows(const BandJob& job, int32_t first, int32_t count, const uint8_t** x) {
-  for (int i = 0; i < M; ++i) x[i] = job.act(first + (i < count ? i : count - 1));
+  for (int i = 0; i < M; ++i) {
+    x[i] = job.act(first + (i < count ? i : count - 1));
+  }
 }
 
 template <class Format, int M>
@@ -545,7 +566,9 @@ __attribute__((noinline)) void few_rows(const BandJob& job) {
   gather_rows<M>(job, 0, job.m, x);
   V::F total[16 / V::kRows][M];
   for (auto& half : total) {
-    for (V::F& value : half) value = V::zero();
+    for (V::F& value : half) {
+      value = V::zero();
+    }
   }
   for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
     for (int half = 0; half < 16 / V::kRows; ++half) {
@@ -576,7 +599,9 @@ __attribute__((noinline)) void add_decoded(const BandJob& job, const DecodedTile
       total[i] = tile == 0 || i >= count ? V::zero() : V::load_f(out + i * job.out_stride);
     }
     add_tile<M>(format, job.tile_blocks(tile), 8 * tile, x, at, total);
-    for (int i = 0; i < M && i < count; ++i) V::store_f(out + i * job.out_stride, total[i]);
+    for (int i = 0; i < M && i < count; ++i) {
+      V::store_f(out + i * job.out_stride, total[i]);
+    }
   }
 }
 
@@ -588,7 +613,7 @@ void add_decoded_rows(const BandJob& job, const DecodedTile& decoded, int32_t ti
     if (V::kMaxM > 6 && count > 6) {
       add_decoded<T, V::kMaxM>(job, decoded, tile, first, count);
     } else if (V::kMaxM > 4 && count > 4) {
-      add_decoded<T, V::kMaxM < 6 ? V::kMaxM : 6>(job, decoded, tile, first, count);
+      add_decoded < T, V::kMaxM<6 ? V::kMaxM : 6>(job, decoded, tile, first, count);
     } else if (count > 2) {
       add_decoded<T, 4>(job, decoded, tile, first, count);
     } else if (count == 2) {
@@ -602,13 +627,25 @@ void add_decoded_rows(const BandJob& job, const DecodedTile& decoded, int32_t ti
 
 template <class Format, class T>
 void multiply_format(const BandJob& job) {
-  if (job.m == 1) return few_rows<Format, 1>(job);
-  if (job.m == 2) return few_rows<Format, 2>(job);
-  if (job.m == 3) return few_rows<Format, 3>(job);
-  if (job.m == 4) return few_rows<Format, 4>(job);
+  if (job.m == 1) {
+    return few_rows<Format, 1>(job);
+  }
+  if (job.m == 2) {
+    return few_rows<Format, 2>(job);
+  }
+  if (job.m == 3) {
+    return few_rows<Format, 3>(job);
+  }
+  if (job.m == 4) {
+    return few_rows<Format, 4>(job);
+  }
   if constexpr (V::kMaxM >= 8) {
-    if (job.m <= 6) return few_rows<Format, 6>(job);
-    if (job.m <= 8) return few_rows<Format, 8>(job);
+    if (job.m <= 6) {
+      return few_rows<Format, 6>(job);
+    }
+    if (job.m <= 8) {
+      return few_rows<Format, 8>(job);
+    }
   }
   auto* decoded = static_cast<DecodedTile*>(job.scratch);
   const int64_t step = tile_bytes(job.w->type);
@@ -685,14 +722,18 @@ __attribute__((noinline)) void float_rows(const BandJob& job, int32_t first, int
   for (int half = 0; half < 16 / V::kRows; ++half) {
     const uint8_t* p = job.band + half * Pairs::kHalf;
     V::F even[M], odd[M];
-    for (int i = 0; i < M; ++i) even[i] = odd[i] = V::zero();
+    for (int i = 0; i < M; ++i) {
+      even[i] = odd[i] = V::zero();
+    }
     const int64_t end = 4 * static_cast<int64_t>(job.w->cols & ~1);
     int64_t k = 0;
 #pragma GCC unroll 2
     for (; k < end; k += 8, p += Pairs::kBytes) {
       V::F w0, w1;
       prefetch(p);
-      if constexpr (Pairs::kBytes == 128) prefetch(p + 64);
+      if constexpr (Pairs::kBytes == 128) {
+        prefetch(p + 64);
+      }
       Pairs::load(p, &w0, &w1);
       for (int i = 0; i < M; ++i) {
         even[i] = V::fma(w0, V::repeat_f(x[i] + k), even[i]);
@@ -701,7 +742,9 @@ __attribute__((noinline)) void float_rows(const BandJob& job, int32_t first, int
     }
     if ((job.w->cols & 1) != 0) {
       const V::F w0 = Pairs::last(p);
-      for (int i = 0; i < M; ++i) even[i] = V::fma(w0, V::repeat_f(x[i] + k), even[i]);
+      for (int i = 0; i < M; ++i) {
+        even[i] = V::fma(w0, V::repeat_f(x[i] + k), even[i]);
+      }
     }
     for (int i = 0; i < M && i < count; ++i) {
       V::store_f(job.out + (first + i) * job.out_stride + half * 8, V::add(even[i], odd[i]));
@@ -729,27 +772,41 @@ void multiply_float(const BandJob& job) {
 
 void multiply_job(const BandJob& job) {
   switch (job.w->type) {
-    case kF32: return multiply_float<PairsF32>(job);
-    case kF16: return multiply_float<PairsF16>(job);
-    case kBF16: return multiply_float<PairsBF16>(job);
-    case kQ4_0: return multiply_format<Q4_0, Offset4>(job);
-    case kQ4_1: return multiply_format<Q4_1, Unsigned4>(job);
-    case kQ5_0: return multiply_format<Q5_0, Offset5>(job);
-    case kQ5_1: return multiply_format<Q5_1, Unsigned5>(job);
-    case kQ8_0: return multiply_format<Q8_0, Signed8>(job);
-    case kQ4_K: return multiply_format<Q4_K, Unsigned4>(job);
-    case kQ5_K: return multiply_format<Q5_K, Unsigned5>(job);
-    case kQ6_K: return multiply_format<Q6_K, Offset6>(job);
-    case kIQ4_NL: return multiply_format<IQ4_NL, Signed8>(job);
-    case kIQ4_XS: return multiply_format<IQ4_XS, Signed8>(job);
-    case kMXFP4: return multiply_format<MXFP4, Offset5>(job);
-    default: return multiply_gguf(job);
+    case kF32:
+      return multiply_float<PairsF32>(job);
+    case kF16:
+      return multiply_float<PairsF16>(job);
+    case kBF16:
+      return multiply_float<PairsBF16>(job);
+    case kQ4_0:
+      return multiply_format<Q4_0, Offset4>(job);
+    case kQ4_1:
+      return multiply_format<Q4_1, Unsigned4>(job);
+    case kQ5_0:
+      return multiply_format<Q5_0, Offset5>(job);
+    case kQ5_1:
+      return multiply_format<Q5_1, Unsigned5>(job);
+    case kQ8_0:
+      return multiply_format<Q8_0, Signed8>(job);
+    case kQ4_K:
+      return multiply_format<Q4_K, Unsigned4>(job);
+    case kQ5_K:
+      return multiply_format<Q5_K, Unsigned5>(job);
+    case kQ6_K:
+      return multiply_format<Q6_K, Offset6>(job);
+    case kIQ4_NL:
+      return multiply_format<IQ4_NL, Signed8>(job);
+    case kIQ4_XS:
+      return multiply_format<IQ4_XS, Signed8>(job);
+    case kMXFP4:
+      return multiply_format<MXFP4, Offset5>(job);
+    default:
+      return multiply_gguf(job);
   }
 }
 
 void multiply_band(const Matrix& w, int32_t expert, int32_t band, const uint8_t* acts,
                    int64_t act_stride, const int32_t* rows, int32_t m, float* out,
                    int64_t out_stride, void* scratch) {
-  multiply_job({&w, band_at(w, expert, band), acts, act_stride, rows, m, out, out_stride,
-                scratch});
+  multiply_job({&w, band_at(w, expert, band), acts, act_stride, rows, m, out, out_stride, scratch});
 }

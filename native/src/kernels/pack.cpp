@@ -45,9 +45,7 @@ constexpr uint32_t kPairs = 0x03030303u;
 constexpr uint32_t kBits = 0x01010101u;
 
 // Word of 4 columns, group g = k / 4 counted from the first column of the nibble plane.
-inline uint8_t* nibble_word(uint8_t* tile, int g, int row) {
-  return tile + g / 2 * 64 + row * 4;
-}
+inline uint8_t* nibble_word(uint8_t* tile, int g, int row) { return tile + g / 2 * 64 + row * 4; }
 
 // Nibbles of one 32-block whose low nibbles are columns 0..15 and high nibbles 16..31.
 template <bool kPack>
@@ -87,7 +85,9 @@ void move_half(uint8_t* gguf, uint8_t* halves, int row) {
 // A row's byte table (scales): byte i of the row <-> row `row` of plane i.
 template <bool kPack>
 void move_planes(uint8_t* gguf, uint8_t* planes, int count, int row) {
-  for (int i = 0; i < count; ++i) move_bytes<kPack>(gguf + i, planes + i * 16 + row, 1);
+  for (int i = 0; i < count; ++i) {
+    move_bytes<kPack>(gguf + i, planes + i * 16 + row, 1);
+  }
 }
 
 // One 32-block type; nb blocks in this tile.
@@ -172,7 +172,9 @@ void move_q6_k(uint8_t* block, uint8_t* halves, uint8_t* tile, int row) {
 
 template <bool kPack>
 void move_iq4_xs(uint8_t* block, uint8_t* tile, int row) {
-  for (int b = 0; b < 8; ++b) move_nibbles32<kPack>(block + 8 + 16 * b, tile + 256 * b, row);
+  for (int b = 0; b < 8; ++b) {
+    move_nibbles32<kPack>(block + 8 + 16 * b, tile + 256 * b, row);
+  }
   move_planes<kPack>(block + 4, tile + 2048, 4, row);
   move_half<kPack>(block, tile + 2112, row);
   move_half<kPack>(block + 2, tile + 2144, row);
@@ -184,10 +186,14 @@ void move_tile(int32_t type, int32_t cols, uint8_t* block, uint8_t* band, int32_
                int32_t row) {
   uint8_t* tile = band + band_header(type, cols) + tile_idx * tile_bytes(type);
   switch (type) {
-    case kQ4_K: return move_q4_k<kPack>(block, tile, row);
-    case kQ5_K: return move_q5_k<kPack>(block, tile, row);
-    case kQ6_K: return move_q6_k<kPack>(block, band + tile_idx * 32, tile, row);
-    case kIQ4_XS: return move_iq4_xs<kPack>(block, tile, row);
+    case kQ4_K:
+      return move_q4_k<kPack>(block, tile, row);
+    case kQ5_K:
+      return move_q5_k<kPack>(block, tile, row);
+    case kQ6_K:
+      return move_q6_k<kPack>(block, band + tile_idx * 32, tile, row);
+    case kIQ4_XS:
+      return move_iq4_xs<kPack>(block, tile, row);
     default: {
       const int left = (cols - tile_idx * kTileCols) / 32;
       return move_legacy<kPack>(type, block, left < 8 ? left : 8, tile, row);
@@ -209,8 +215,8 @@ void move_row(int32_t type, int32_t cols, uint8_t* src, uint8_t* band, int32_t r
     }
   } else if (type == kBF16) {
     for (int32_t k = 0; k < cols; ++k) {
-      move_bytes<kPack>(src + 2 * k, band + 64 * static_cast<int64_t>(k / 2) + 4 * row + 2 * (k & 1),
-                        2);
+      move_bytes<kPack>(src + 2 * k,
+                        band + 64 * static_cast<int64_t>(k / 2) + 4 * row + 2 * (k & 1), 2);
     }
   } else if (tile_bytes(type) == 0) {
     move_bytes<kPack>(src, band + row * row_bytes, static_cast<size_t>(row_bytes));
@@ -239,7 +245,9 @@ int64_t multiply_scratch_bytes(int32_t cols) {
 
 bool matrix_format(int32_t type, int32_t cols, ActKind* act, int64_t* band_bytes) {
   const TypeTraits* traits = type_traits(type);
-  if (traits == nullptr || cols <= 0 || cols % traits->block_size != 0) return false;
+  if (traits == nullptr || cols <= 0 || cols % traits->block_size != 0) {
+    return false;
+  }
   const int64_t row_bytes = static_cast<int64_t>(cols) / traits->block_size * traits->block_bytes;
   // An odd last column of BF16 still takes a whole line of pairs.
   const int64_t bytes =
@@ -256,7 +264,9 @@ void pack_band(int32_t type, int32_t cols, const uint8_t* src, int64_t row_bytes
                uint8_t* band) {
   ActKind act;
   int64_t band_bytes = 0;
-  if (!matrix_format(type, cols, &act, &band_bytes)) return;
+  if (!matrix_format(type, cols, &act, &band_bytes)) {
+    return;
+  }
   std::memset(band, 0, static_cast<size_t>(band_bytes));
   for (int32_t row = 0; row < num_rows; ++row) {
     // Packing only reads through this pointer (kPack is a template parameter of one body).
@@ -267,7 +277,9 @@ void pack_band(int32_t type, int32_t cols, const uint8_t* src, int64_t row_bytes
 void unpack_band(int32_t type, int32_t cols, const uint8_t* band, int64_t row_bytes,
                  int32_t num_rows, uint8_t* dst) {
   const TypeTraits* traits = type_traits(type);
-  if (traits == nullptr) return;
+  if (traits == nullptr) {
+    return;
+  }
   const int64_t used = static_cast<int64_t>(cols) / traits->block_size * traits->block_bytes;
   for (int32_t row = 0; row < num_rows; ++row) {
     std::memset(dst + row * row_bytes, 0, static_cast<size_t>(used));

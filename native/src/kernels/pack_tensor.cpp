@@ -31,7 +31,9 @@ Matrix describe_matrix(const kt_tensor& tensor) {
     fail_argument(shape + ": num_bytes is " + std::to_string(tensor.num_bytes) + ", expected " +
                   wanted);
   }
-  if (tensor.data == nullptr) fail_argument(shape + ": data is NULL");
+  if (tensor.data == nullptr) {
+    fail_argument(shape + ": data is NULL");
+  }
   Matrix format;
   format.type = tensor.type;
   format.rows = tensor.rows;

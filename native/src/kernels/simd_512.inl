@@ -96,7 +96,9 @@ struct V {
 
   static float max_abs32(const float* x) {
     const F a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + 16);
-    if (_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0) return __builtin_nanf("");
+    if (_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) != 0) {
+      return __builtin_nanf("");
+    }
     return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
   }
   static void quantize32(const float* x, float inverse, int8_t* q, int32_t* sums) {

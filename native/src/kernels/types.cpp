@@ -5,19 +5,36 @@
 
 #include "kernels/blocks.h"
 #include "kernels/kernels.h"
+#include "kernels/types_iq.h"
 
 namespace kt {
 namespace {
 
 constexpr TypeTraits kTypes[] = {
-    {kF32, "F32", 1, 4, 2},        {kF16, "F16", 1, 2, 2},
-    {kQ4_0, "Q4_0", 32, 18, 2},    {kQ4_1, "Q4_1", 32, 20, 2},
-    {kQ5_0, "Q5_0", 32, 22, 2},    {kQ5_1, "Q5_1", 32, 24, 2},
-    {kQ8_0, "Q8_0", 32, 34, 2},    {kQ2_K, "Q2_K", 256, 84, 1},
-    {kQ3_K, "Q3_K", 256, 110, 1},  {kQ4_K, "Q4_K", 256, 144, 2},
-    {kQ5_K, "Q5_K", 256, 176, 2},  {kQ6_K, "Q6_K", 256, 210, 2},
-    {kIQ4_NL, "IQ4_NL", 32, 18, 2}, {kIQ4_XS, "IQ4_XS", 256, 136, 2},
-    {kBF16, "BF16", 1, 2, 2},      {kTQ2_0, "TQ2_0", 256, 66, 1},
+    {kF32, "F32", 1, 4, 2},
+    {kF16, "F16", 1, 2, 2},
+    {kQ4_0, "Q4_0", 32, 18, 2},
+    {kQ4_1, "Q4_1", 32, 20, 2},
+    {kQ5_0, "Q5_0", 32, 22, 2},
+    {kQ5_1, "Q5_1", 32, 24, 2},
+    {kQ8_0, "Q8_0", 32, 34, 2},
+    {kQ2_K, "Q2_K", 256, 84, 1},
+    {kQ3_K, "Q3_K", 256, 110, 1},
+    {kQ4_K, "Q4_K", 256, 144, 2},
+    {kQ5_K, "Q5_K", 256, 176, 2},
+    {kQ6_K, "Q6_K", 256, 210, 2},
+    {kIQ2_XXS, "IQ2_XXS", 256, 66, 1},
+    {kIQ2_XS, "IQ2_XS", 256, 74, 1},
+    {kIQ3_XXS, "IQ3_XXS", 256, 98, 1},
+    {kIQ1_S, "IQ1_S", 256, 50, 1},
+    {kIQ4_NL, "IQ4_NL", 32, 18, 2},
+    {kIQ3_S, "IQ3_S", 256, 110, 1},
+    {kIQ2_S, "IQ2_S", 256, 82, 1},
+    {kIQ4_XS, "IQ4_XS", 256, 136, 2},
+    {kIQ1_M, "IQ1_M", 256, 56, 1},
+    {kBF16, "BF16", 1, 2, 2},
+    {kTQ1_0, "TQ1_0", 256, 54, 1},
+    {kTQ2_0, "TQ2_0", 256, 66, 1},
     {kMXFP4, "MXFP4", 32, 17, 2},
 };
 
@@ -58,12 +75,16 @@ void set_scales(DecodedBlock* out, int first, int count, float scale, float min)
 int nibble32(const uint8_t* qs, int k) { return k < 16 ? qs[k] & 15 : qs[k - 16] >> 4; }
 
 void decode_q4_0(const uint8_t* b, DecodedBlock* out) {
-  for (int k = 0; k < 32; ++k) out->q[k] = static_cast<int8_t>(nibble32(b + 2, k) - 8);
+  for (int k = 0; k < 32; ++k) {
+    out->q[k] = static_cast<int8_t>(nibble32(b + 2, k) - 8);
+  }
   set_scales(out, 0, 2, load_half(b), 0.0f);
 }
 
 void decode_q4_1(const uint8_t* b, DecodedBlock* out) {
-  for (int k = 0; k < 32; ++k) out->q[k] = static_cast<int8_t>(nibble32(b + 4, k));
+  for (int k = 0; k < 32; ++k) {
+    out->q[k] = static_cast<int8_t>(nibble32(b + 4, k));
+  }
   set_scales(out, 0, 2, load_half(b), -load_half(b + 2));
 }
 
@@ -154,7 +175,9 @@ void decode_q6_k(const uint8_t* b, DecodedBlock* out) {
 }
 
 void decode_iq4_nl(const uint8_t* b, DecodedBlock* out) {
-  for (int k = 0; k < 32; ++k) out->q[k] = kIq4Values[nibble32(b + 2, k)];
+  for (int k = 0; k < 32; ++k) {
+    out->q[k] = kIq4Values[nibble32(b + 2, k)];
+  }
   set_scales(out, 0, 2, load_half(b), 0.0f);
 }
 
@@ -165,13 +188,37 @@ void decode_iq4_xs(const uint8_t* b, DecodedBlock* out) {
     const int low = (b[4 + j / 2] >> (4 * (j & 1))) & 15;
     const int scale = (low | static_cast<int>((high >> (2 * j)) & 3) << 4) - 32;
     set_scales(out, 2 * j, 2, d * static_cast<float>(scale), 0.0f);
-    for (int k = 0; k < 32; ++k) out->q[32 * j + k] = kIq4Values[nibble32(b + 8 + 16 * j, k)];
+    for (int k = 0; k < 32; ++k) {
+      out->q[32 * j + k] = kIq4Values[nibble32(b + 8 + 16 * j, k)];
+    }
   }
 }
 
 void decode_mxfp4(const uint8_t* b, DecodedBlock* out) {
-  for (int k = 0; k < 32; ++k) out->q[k] = kMxfp4Values[nibble32(b + 1, k)];
+  for (int k = 0; k < 32; ++k) {
+    out->q[k] = kMxfp4Values[nibble32(b + 1, k)];
+  }
   set_scales(out, 0, 2, e8m0_half(b[0]), 0.0f);
+}
+
+// Five base-3 digits a byte (four in the last bytes), most significant first, as a fraction of 256.
+int ternary(uint8_t byte, int digit) {
+  constexpr uint8_t kPowers[5] = {1, 3, 9, 27, 81};
+  const auto shifted = static_cast<uint8_t>(byte * kPowers[digit]);
+  return (shifted * 3 >> 8) - 1;
+}
+
+void decode_tq1_0(const uint8_t* b, DecodedBlock* out) {
+  for (int k = 0; k < 160; ++k) {
+    out->q[k] = static_cast<int8_t>(ternary(b[k % 32], k / 32));
+  }
+  for (int k = 0; k < 80; ++k) {
+    out->q[160 + k] = static_cast<int8_t>(ternary(b[32 + k % 16], k / 16));
+  }
+  for (int k = 0; k < 16; ++k) {
+    out->q[240 + k] = static_cast<int8_t>(ternary(b[48 + k % 4], k / 4));
+  }
+  set_scales(out, 0, 16, load_half(b + 52), 0.0f);
 }
 
 void decode_tq2_0(const uint8_t* b, DecodedBlock* out) {
@@ -198,28 +245,61 @@ float half_to_float(uint16_t bits) {
 
 const TypeTraits* type_traits(int32_t type) {
   for (const TypeTraits& traits : kTypes) {
-    if (traits.type == type) return &traits;
+    if (traits.type == type) {
+      return &traits;
+    }
   }
   return nullptr;
 }
 
 void decode_block(int32_t type, const uint8_t* block, DecodedBlock* out) {
   switch (type) {
-    case kQ4_0: return decode_q4_0(block, out);
-    case kQ4_1: return decode_q4_1(block, out);
-    case kQ5_0: return decode_q5(block, block + 2, 16, 0.0f, out);
-    case kQ5_1: return decode_q5(block, block + 4, 0, -load_half(block + 2), out);
-    case kQ8_0: return decode_q8_0(block, out);
-    case kQ2_K: return decode_q2_k(block, out);
-    case kQ3_K: return decode_q3_k(block, out);
-    case kQ4_K: return decode_q4_k(block, out);
-    case kQ5_K: return decode_q5_k(block, out);
-    case kQ6_K: return decode_q6_k(block, out);
-    case kIQ4_NL: return decode_iq4_nl(block, out);
-    case kIQ4_XS: return decode_iq4_xs(block, out);
-    case kMXFP4: return decode_mxfp4(block, out);
-    case kTQ2_0: return decode_tq2_0(block, out);
-    default: return;
+    case kQ4_0:
+      return decode_q4_0(block, out);
+    case kQ4_1:
+      return decode_q4_1(block, out);
+    case kQ5_0:
+      return decode_q5(block, block + 2, 16, 0.0f, out);
+    case kQ5_1:
+      return decode_q5(block, block + 4, 0, -load_half(block + 2), out);
+    case kQ8_0:
+      return decode_q8_0(block, out);
+    case kQ2_K:
+      return decode_q2_k(block, out);
+    case kQ3_K:
+      return decode_q3_k(block, out);
+    case kQ4_K:
+      return decode_q4_k(block, out);
+    case kQ5_K:
+      return decode_q5_k(block, out);
+    case kQ6_K:
+      return decode_q6_k(block, out);
+    case kIQ2_XXS:
+      return decode_iq2_xxs(block, out);
+    case kIQ2_XS:
+      return decode_iq2_xs(block, out);
+    case kIQ2_S:
+      return decode_iq2_s(block, out);
+    case kIQ3_XXS:
+      return decode_iq3_xxs(block, out);
+    case kIQ3_S:
+      return decode_iq3_s(block, out);
+    case kIQ1_S:
+      return decode_iq1_s(block, out);
+    case kIQ1_M:
+      return decode_iq1_m(block, out);
+    case kTQ1_0:
+      return decode_tq1_0(block, out);
+    case kIQ4_NL:
+      return decode_iq4_nl(block, out);
+    case kIQ4_XS:
+      return decode_iq4_xs(block, out);
+    case kMXFP4:
+      return decode_mxfp4(block, out);
+    case kTQ2_0:
+      return decode_tq2_0(block, out);
+    default:
+      return;
   }
 }
 
@@ -227,7 +307,9 @@ void dequantize_row(int32_t type, const uint8_t* src, int64_t num_weights, float
   if (type == kF32) {
     std::memcpy(dst, src, static_cast<size_t>(num_weights) * 4);
   } else if (type == kF16) {
-    for (int64_t i = 0; i < num_weights; ++i) dst[i] = load_half(src + 2 * i);
+    for (int64_t i = 0; i < num_weights; ++i) {
+      dst[i] = load_half(src + 2 * i);
+    }
   } else if (type == kBF16) {
     for (int64_t i = 0; i < num_weights; ++i) {
       dst[i] = bits_to_float(static_cast<uint32_t>(load16(src + 2 * i)) << 16);
