@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import yaml
 
@@ -44,7 +44,7 @@ class Answer(Exception):  # noqa: N818 - not an error
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self.text = text
+        self.text = text  # complete lines
 
 
 class _Collected:
@@ -110,7 +110,7 @@ def _scan_flags(found: _Collected, argv: list[str]) -> None:
         if word in {"-h", "--help"}:
             raise Answer(help_text())
         if word in {"-V", "--version"}:
-            raise Answer(f"kt_async {__version__}")
+            raise Answer(f"kt_async {__version__}\n")
         if word == "--":
             rest += argv
             break
@@ -300,6 +300,20 @@ def _is_device(text: str) -> bool:
     return text in {"auto", "cpu", "cuda"} or (kind == "cuda" and bool(colon) and index.isdecimal())
 
 
+def open_log(config: Config) -> TextIO | None:
+    """The stream of --log_file, None for standard error. Raises ConfigError."""
+    if not config.log_file:
+        return None
+    path = Path(config.log_file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise ConfigError(
+            f"--log_file {path} cannot be written: {error.strerror or error}."
+        ) from error
+
+
 # ---- texts
 
 
@@ -366,12 +380,12 @@ def help_text() -> str:
 
 
 def print_config_text(config: Config) -> str:
-    """One line per setting: name, value, where it comes from."""
+    """One line per setting: name, value, where it comes from; ends with a newline."""
     rows = describe(config)
     name_width = max(len(name) for name, _, _ in rows)
     value_width = min(40, max(len(value) for _, value, _ in rows))
-    return "\n".join(
-        f"{name:<{name_width}}  {value:<{value_width}}  {source}".rstrip()
+    return "".join(
+        f"{name:<{name_width}}  {value:<{value_width}}  {source}".rstrip() + "\n"
         for name, value, source in rows
     )
 
@@ -380,7 +394,10 @@ def flag_table() -> str:
     """The README's table of flags (Markdown), generated so that it cannot drift."""
     lines = ["| flag | default | meaning |", "|---|---|---|"]
     for name, kind, option in options():
-        default = option.auto or show(default_of(name)) or "none"
+        value = default_of(name)
+        default = option.auto or (
+            "on" if value is True else "off" if value is False else show(value)
+        )
         unit = f" [{option.unit}]" if option.unit else ""
         choices = (
             f" One of {', '.join(f'`{c}`' for c in option.choices)}." if option.choices else ""

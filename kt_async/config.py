@@ -93,12 +93,12 @@ class Config:
     ssl_keyfile: str = flag("", "server", "TLS private key (PEM)", metavar="FILE", auto="no TLS")
     ssl_certfile: str = flag("", "server", "TLS certificate (PEM)", metavar="FILE", auto="no TLS")
     cors_origins: tuple[str, ...] = flag(
-        (),
+        ("http://localhost:*", "http://127.0.0.1:*"),
         "server",
-        "comma-separated web origins whose pages may call the API, or *",
+        "web origins whose pages may call the API: comma-separated, :* stands for any port; * lets "
+        "every web page in",
         metavar="LIST",
-        auto="none",
-        published="*: any web page could use the server",
+        published="*",
     )
     strict_model: bool = flag(
         False, "server", "answer 404 to a request that names another model than --model_name"
@@ -289,7 +289,7 @@ class Config:
         "info",
         "logging",
         "least severity that is written",
-        choices=("debug", "info", "warning", "error", "critical"),
+        choices=("debug", "info", "warning", "error"),
         published="debug",
     )
     log_file: str = flag(

@@ -95,7 +95,7 @@ def convert(name: str, kind: type, option: Option, raw: object) -> object:
     if kind is bool:
         return _to_bool(name, raw)
     if kind is tuple:
-        items = raw if isinstance(raw, list) else str(raw).split(",")
+        items = raw if isinstance(raw, list) else show(raw).split(",")
         return tuple(str(item).strip() for item in items if str(item).strip())
     if isinstance(raw, list | dict):
         raise ConfigError(f"{name} needs a single value, not {raw!r}.")

@@ -223,3 +223,15 @@ def test_commands() -> None:
 
 def test_error_format() -> None:
     assert cli.format_error(ConfigError("a\nb")) == "kt_async: error: a\nkt_async: error: b"
+
+
+def test_log_file(tmp_path: Path) -> None:
+    assert cli.open_log(parse("")) is None
+    config = parse(f"--log_dir {tmp_path / 'new'}")
+    stream = cli.open_log(config)
+    assert stream is not None
+    with stream:
+        stream.write("line\n")
+    assert (tmp_path / "new" / "kt_async.log").read_text() == "line\n"
+    with pytest.raises(ConfigError, match="cannot be written"):
+        cli.open_log(parse(f"--log_file {tmp_path}"))
