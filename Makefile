@@ -8,7 +8,7 @@ BUILD ?= build/native
 SAN ?=
 ARGS ?=
 CXX ?= c++
-SOURCES = $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+SOURCES = $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 PY = PYTHONPATH=. $(BIN)/python
 
 .DELETE_ON_ERROR:
@@ -29,26 +29,27 @@ else
 setup setup-dev:
 endif
 
-# $(1): extras to install beside the dependencies; the names come from pyproject.toml.
+# $(1): extras beside the dependencies, as named in pyproject.toml. pip runs only when the list of
+# packages or a pinned version changed, not for every edit of pyproject.toml.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Try: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || { echo "== creating $(VENV)"; $(PYTHON) -m venv $(VENV) || \
 	  { echo "Cannot create $(VENV); on Debian/Ubuntu: apt-get install python3-venv"; exit 1; }; }
-	@echo "== installing packages into $(VENV) (torch is large; needed once)"
-	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	@$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	  x = p["optional-dependencies"]; print(*p["dependencies"], *sum((x[e] for e in "$(1)".split()), []), \
-	  "cmake", "ninja", sep="\n")' > $(VENV)/requirements.txt
-	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on \
-	  -r $(VENV)/requirements.txt -c .ci/constraints.txt
-	@touch $@
+	  "cmake", "ninja", sep="\n")' > $(VENV)/wanted.txt
+	@cat $(VENV)/wanted.txt .ci/constraints.txt | cmp -s - $@ || { \
+	  echo "== installing packages into $(VENV) (torch is large; needed once)"; \
+	  $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on \
+	  -r $(VENV)/wanted.txt -c .ci/constraints.txt; }
+	@cat $(VENV)/wanted.txt .ci/constraints.txt > $@
 endef
 
 $(RUN_STAMP): pyproject.toml .ci/constraints.txt
 	$(call install,)
 $(DEV_STAMP): pyproject.toml .ci/constraints.txt
 	$(call install,dev uvloop)
-	@touch $(RUN_STAMP)
 
 check-tools:
 	@command -v $(CXX) >/dev/null || { echo "No C++ compiler ($(CXX)) found; install one and run \
@@ -81,9 +82,10 @@ bench-kernels: setup-dev native ## kernels against the memory bandwidth and peak
 
 # ---- what developers run
 
-lint: setup-dev types ## format check, ruff, mypy, clang-format
+lint: setup-dev ## format check, ruff, mypy, clang-format
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
 	@$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 format: setup-dev ## rewrite sources in the house format
@@ -91,7 +93,7 @@ format: setup-dev ## rewrite sources in the house format
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/clang-format -i $(SOURCES)
 
-types: setup-dev ## mypy --strict
+types: setup-dev ## mypy --strict alone
 	@$(BIN)/mypy
 
 size: ## lines per folder

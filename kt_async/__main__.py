@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(answer.text)
         return 0
     except (ConfigError, NativeError) as error:
-        sys.stderr.write(f"kt_async: error: {error}\n")
+        sys.stderr.write(cli.format_error(error) + "\n")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -40,7 +40,7 @@ def _run(config: Config) -> int:
 
     if config.command != "serve":
         return commands.run(config)
-    setup_logging(config.log_level)
+    setup_logging(config.log_level, json=config.log_json, stream=cli.open_log(config))
     asyncio.run(serve.serve(config))
     return 0
 

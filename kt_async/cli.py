@@ -15,7 +15,7 @@ import yaml
 
 from kt_async import __version__
 from kt_async.config import GROUPS, LOOPBACK, Config, default_of, describe, options
-from kt_async.errors import ConfigError
+from kt_async.errors import ConfigError, KtError
 from kt_async.options import (
     FALSE_WORDS,
     TRUE_WORDS,
@@ -409,7 +409,7 @@ def flag_table() -> str:
     return "\n".join(lines)
 
 
-def format_error(error: ConfigError) -> str:
+def format_error(error: KtError) -> str:
     """What the user sees on standard error before exit code 2."""
     lines = str(error).splitlines() or ["unknown configuration error"]
     return "\n".join(f"kt_async: error: {line}" for line in lines)

@@ -8,12 +8,12 @@ second signal ends at once.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import signal
 import socket
 import ssl
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from kt_async.model.tensors import check_tensors
 from kt_async.resolve import HostFacts, ModelFacts, resolve
 from kt_async.text.template import ChatTemplate, load_template
 from kt_async.text.tokenizer import Tokenizer, load_tokenizer
+from kt_async.weights.placement import place
 from kt_async.weights.source import open_model
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ def prepare(raw: Config) -> Prepared:
     host = query_host()
     facts = ModelFacts(spec.name, spec.architecture, spec.max_context, model.main_type)
     machine = HostFacts(num_cpus=host.num_cpus, num_cores=host.num_cores)
+    placement = place(spec, rules_path=raw.optimize_config_path, amx="amx" in host.isas)
+    raw = dataclasses.replace(raw, warnings=(*raw.warnings, *placement.warnings))
     config = resolve(raw, facts, machine, lambda config: size_kv(model, host, config))
     return Prepared(config, model, tokenizer, template)
 
@@ -111,9 +114,6 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
 
 def api_settings(config: Config) -> ApiSettings:
     """The HTTP layer's share of the settings."""
-    optional: Mapping[str, tuple[str, ...]] = (
-        {"cors_origins": config.cors_origins} if config.cors_origins else {}
-    )
     return ApiSettings(
         model_name=config.model_name,
         api_keys=(config.api_key,) if config.api_key else (),
@@ -123,7 +123,7 @@ def api_settings(config: Config) -> ApiSettings:
         top_k=config.top_k,
         force_think=config.force_think,
         strict_model=config.strict_model,
-        **optional,
+        cors_origins=config.cors_origins,
     )
 
 
