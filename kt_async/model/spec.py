@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from kt_async.errors import ConfigError
 from kt_async.weights.source import ModelFiles
 
@@ -110,8 +112,8 @@ class _Fields:
             if default is None:
                 raise self.error(key, "is missing")
             return default
-        if not isinstance(value, (int, float, str)) and len(set(value)) == 1:
-            value = int(value[0])
+        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            value = value[0].item()
         high = high or _MAX_SIZE
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.error(key, f"is {value}, expected a whole number from {low} to {high}")
@@ -138,11 +140,15 @@ class _Fields:
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.values.get(self.prefix + key)
-        return default if value is None else bool(value)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(key, f"is {value}, expected true or false")
+        return default if value is None else value
 
     def text(self, key: str, default: str = "") -> str:
         value = self.values.get(self.prefix + key)
-        return default if value is None else str(value)
+        if value is not None and not isinstance(value, str):
+            raise self.error(key, f"is {value}, expected a string")
+        return default if value is None else value
 
 
 def spec_from_gguf(files: ModelFiles) -> ModelSpec:
@@ -163,7 +169,7 @@ def spec_from_gguf(files: ModelFiles) -> ModelSpec:
     hidden = f.count("embedding_length")
     common: dict[str, Any] = {
         "architecture": architecture,
-        "name": str(files.metadata.get("general.name") or files.path.stem),
+        "name": _Fields(source, files.metadata).text("general.name") or files.path.stem,
         "num_layers": f.count("block_count", high=_MAX_LAYERS)
         - f.count("nextn_predict_layers", 0, low=0, high=8),  # speculative heads come last
         "hidden_size": hidden,
@@ -324,8 +330,8 @@ def _qwen_from_hf(f: _Fields, heads: int) -> dict[str, Any]:
         raise f.error("decoder_sparse_step", "is not 1, which is not supported")
     if f.flag("use_sliding_window", default=False):
         raise f.error("use_sliding_window", "is true, which is not supported")
-    dense = sorted(f.values.get("mlp_only_layers") or [])
-    if dense != list(range(len(dense))):
+    dense = f.values.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or set(dense) != set(range(len(dense))):
         raise f.error("mlp_only_layers", f"is {dense}; only leading layers may be dense")
     head_dim = f.count("head_dim", f.count("hidden_size") // heads)
     experts = "num_experts" if f.has("num_experts") else "num_local_experts"
@@ -379,9 +385,12 @@ def _deepseek_from_hf(f: _Fields, heads: int) -> dict[str, Any]:
 
 def _rope_from_hf(f: _Fields, dim: int, *, neox: bool) -> RopeSpec:
     """Read rope_theta with rope_scaling, or the newer rope_parameters that hold both."""
-    values = dict(f.values.get("rope_scaling") or {})
-    values |= dict(f.values.get("rope_parameters") or {})
-    values.setdefault("rope_theta", f.values.get("rope_theta"))
+    values = {"rope_theta": f.values.get("rope_theta")}
+    for key in ("rope_scaling", "rope_parameters"):
+        part = f.values.get(key) or {}
+        if not isinstance(part, Mapping):
+            raise f.error(key, f"is {part}, expected an object")
+        values |= part
     r = _Fields(f.source, values)
     theta = r.positive("rope_theta", 10000.0)
     scaling = r.text("rope_type", r.text("type", "default"))

@@ -7,7 +7,6 @@ for begin-of-text and the chat template, generation_config.json for the tokens t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from kt_async.text.tokenizer import (
     Vocabulary,
     bpe_encoder,
 )
+
+_MAX_ID = 1 << 24
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -54,15 +55,14 @@ def _from_tokenizer_json(folder: Path) -> Vocabulary:
     """Load the tokeniser without its added tokens, which text.tokenizer finds by itself."""
     path = folder / "tokenizer.json"
     content = read_json(path)
-    added = [_added(entry) for entry in content.get("added_tokens") or []]
-    vocab = (content.get("model") or {}).get("vocab")
+    added = [_added(entry, path) for entry in content.get("added_tokens") or []]
     content |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     try:
         tokenizer = Tokenizer.from_str(json.dumps(content))
         plain = tokenizer.get_vocab(with_added_tokens=False)
     except Exception as error:  # noqa: BLE001 - the library raises nothing more specific
         raise ConfigError(f"{path}: is not a usable tokenizer ({error}).") from None
-    if not vocab:
+    if not plain:
         raise ConfigError(f"{path}: the vocabulary is empty.")
     size = 1 + max([*plain.values(), *(token.id for token in added)])
     tokens, types = [""] * size, [UNUSED] * size
@@ -91,10 +91,11 @@ def _from_sentencepiece(folder: Path) -> Vocabulary:
     size = processor.GetPieceSize()
     tokens = [processor.IdToPiece(index) for index in range(size)]
     types = [_piece_type(processor, index) for index in range(size)]
-    config = read_json(folder / "tokenizer_config.json")
+    config_path = folder / "tokenizer_config.json"
+    extra = read_json(config_path).get("added_tokens_decoder") or {}
     added = [AddedToken(tokens[i], i, control=True) for i in range(size) if types[i] == CONTROL]
-    for key, entry in (config.get("added_tokens_decoder") or {}).items():
-        token = _added({**entry, "id": int(key)})
+    for key, entry in extra.items():
+        token = _added({**entry, "id": key}, config_path)
         missing = token.id + 1 - len(tokens)
         tokens += [""] * missing
         types += [UNUSED] * missing
@@ -118,14 +119,20 @@ def _piece_type(processor: Any, index: int) -> int:
     return UNUSED if processor.IsUnused(index) else NORMAL
 
 
-def _added(entry: Mapping[str, Any]) -> AddedToken:
-    return AddedToken(
-        text=str(entry["content"]),
-        id=int(entry["id"]),
-        control=bool(entry.get("special", False)),
-        lstrip=bool(entry.get("lstrip", False)),
-        rstrip=bool(entry.get("rstrip", False)),
-    )
+def _added(entry: Any, path: Path) -> AddedToken:
+    try:
+        token = AddedToken(
+            text=str(entry["content"]),
+            id=int(entry["id"]),
+            control=bool(entry.get("special", False)),
+            lstrip=bool(entry.get("lstrip", False)),
+            rstrip=bool(entry.get("rstrip", False)),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ConfigError(f"{path}: {entry} is not an added token with id and content.") from None
+    if not 0 <= token.id < _MAX_ID:
+        raise ConfigError(f"{path}: added token '{token.text}' has the id {token.id}.")
+    return token
 
 
 def _vocabulary(
@@ -144,9 +151,10 @@ def _vocabulary(
     ids = {token.text: token.id for token in added}
     bos = ids.get(token_name(config.get("bos_token")))
     named = generation.get("eos_token_id")
-    ends = set(named if isinstance(named, list) else [named])
+    ends: set[Any] = set(named if isinstance(named, list) else [named])
     ends.add(ids.get(token_name(config.get("eos_token"))))
-    wrong = [end for end in ends if end is not None and not 0 <= end < len(tokens)]
+    ends.discard(None)
+    wrong = [end for end in ends if not isinstance(end, int) or not 0 <= end < len(tokens)]
     if wrong:
         raise ConfigError(
             f"{folder / 'generation_config.json'}: eos_token_id names {wrong[0]}, "
@@ -159,7 +167,7 @@ def _vocabulary(
         types=types,
         added=added,
         bos_id=bos,
-        eos_ids=frozenset(end for end in ends if end is not None),
+        eos_ids=frozenset(ends),
         add_bos=bool(config.get("add_bos_token", spm)),
         space_prefix=spm,
     )

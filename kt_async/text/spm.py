@@ -7,34 +7,34 @@ sentencepiece_model.proto).
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sentencepiece
 
 from kt_async.errors import ConfigError
+from kt_async.text.metadata import Metadata
 
 _UNKNOWN = 2  # piece types have the same numbers in GGUF
 _UNUSED = 5
 _BYTE = 6
 _BPE = 2
+_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
-def processor_from_gguf(metadata: Mapping[str, Any], source: str) -> Any:
+def processor_from_gguf(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]) -> Any:
     """Return a SentencePieceProcessor for the vocabulary in GGUF metadata.
 
-    Raises ConfigError when scores or types are missing or sentencepiece refuses the model.
+    types: token type per token. Raises ConfigError when scores are missing or sentencepiece
+    refuses the model.
     """
-    tokens = metadata["tokenizer.ggml.tokens"]
-    scores = metadata.get("tokenizer.ggml.scores", ())
-    types = metadata.get("tokenizer.ggml.token_type", ())
-    if not len(tokens) == len(scores) == len(types):
-        raise ConfigError(
-            f"{source}: the vocabulary has {len(tokens)} tokens, {len(scores)} scores and "
-            f"{len(types)} types; all three must agree."
-        )
-    return load_processor(_model_proto(metadata, tokens, scores, types), source)
+    scores = metadata.numbers("scores", len(tokens))
+    if scores is None:
+        raise ConfigError(f"{metadata.source}: the vocabulary has no scores.")
+    model = _model_proto(metadata, tokens, scores.tolist(), types)
+    return load_processor(model, metadata.source)
 
 
 def load_processor(model: bytes, source: str) -> Any:
@@ -49,41 +49,37 @@ def load_processor(model: bytes, source: str) -> Any:
 
 def piece_to_bytes(piece: str, kind: int) -> bytes:
     """Return the bytes of a piece: '<0x0A>' is one byte, the lower block is a space."""
-    if kind == _BYTE:
+    if kind == _BYTE and _BYTE_PIECE.fullmatch(piece):
         return bytes([int(piece[3:-1], 16)])
     return piece.replace("\u2581", " ").encode()
 
 
 def _model_proto(
-    metadata: Mapping[str, Any], tokens: Sequence[str], scores: Sequence[float], types: Any
+    metadata: Metadata, tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]
 ) -> bytes:
-    kinds = [int(kind) for kind in types]
-    unknown = int(metadata.get("tokenizer.ggml.unknown_token_id", -1))
-    if not 0 <= unknown < len(kinds):
-        unknown = kinds.index(_UNKNOWN) if _UNKNOWN in kinds else 0
+    unknown = metadata.token_id("unknown", len(tokens))
+    if unknown is None:
+        unknown = types.index(_UNKNOWN) if _UNKNOWN in types else 0
     # sentencepiece wants exactly one unknown piece; some files mark several.
-    kinds = [_UNUSED if kind == _UNKNOWN else kind for kind in kinds]
+    kinds = [_UNUSED if kind == _UNKNOWN else kind for kind in types]
     kinds[unknown] = _UNKNOWN
     parts = [_message(1, _piece(*row)) for row in zip(tokens, scores, kinds, strict=True)]
+    bos, eos = (metadata.token_id(name, len(tokens)) for name in ("bos", "eos"))
     trainer = (
         _number(3, _BPE)
         + _number(35, int(_BYTE in kinds))  # byte_fallback
         + _number(40, unknown)
-        + _number(41, _id(metadata, "bos"))
-        + _number(42, _id(metadata, "eos"))
+        + _number(41, -1 if bos is None else bos)
+        + _number(42, -1 if eos is None else eos)
         + _number(43, -1)  # no padding piece
     )
     normalizer = (
-        _message(2, bytes(metadata.get("tokenizer.ggml.precompiled_charsmap", b"")))
-        + _number(3, int(metadata.get("tokenizer.ggml.add_space_prefix", True)))
-        + _number(4, int(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)))
+        _message(2, metadata.raw("precompiled_charsmap"))
+        + _number(3, int(metadata.flag("add_space_prefix", default=True)))
+        + _number(4, int(metadata.flag("remove_extra_whitespaces", default=False)))
         + _number(5, 1)  # escape_whitespaces
     )
     return b"".join([*parts, _message(2, trainer), _message(3, normalizer)])
-
-
-def _id(metadata: Mapping[str, Any], name: str) -> int:
-    return int(metadata.get(f"tokenizer.ggml.{name}_token_id", -1))
 
 
 def _piece(text: str, score: float, kind: int) -> bytes:

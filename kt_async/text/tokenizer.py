@@ -18,6 +18,7 @@ import numpy as np
 
 from kt_async.errors import ConfigError
 from kt_async.text import pretokenize, spm
+from kt_async.text.metadata import Metadata
 
 # Token types, numbered as in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -176,30 +177,29 @@ def load_tokenizer(files: HasMetadata, model_path: Path | None = None) -> Tokeni
     return Tokenizer(_from_gguf(files.metadata, str(files.path)))
 
 
-def _from_gguf(metadata: Mapping[str, Any], source: str) -> Vocabulary:
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind is None:
+def _from_gguf(values: Mapping[str, Any], source: str) -> Vocabulary:
+    metadata = Metadata(values, source)
+    kind = metadata.text("model")
+    if not kind:
         raise ConfigError(f"{source}: holds no tokenizer; name a directory with --model_path.")
     if kind not in ("gpt2", "llama"):
         raise ConfigError(
             f"{source}: tokenizer kind '{kind}' is not supported; "
             "supported are gpt2 (byte-level BPE) and llama (SentencePiece)."
         )
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+    tokens = metadata.strings("tokens")
+    if not tokens:
         raise ConfigError(f"{source}: the tokenizer's vocabulary (tokenizer.ggml.tokens) is empty.")
-    types = _types(metadata, tokens, source)
-    return (_byte_level if kind == "gpt2" else _sentencepiece)(metadata, tokens, types, source)
+    types = _types(metadata, tokens)
+    if kind == "gpt2":
+        return _byte_level(metadata, str(values.get("general.architecture", "")), tokens, types)
+    return _sentencepiece(metadata, tokens, types)
 
 
-def _types(metadata: Mapping[str, Any], tokens: list[str], source: str) -> list[int]:
+def _types(metadata: Metadata, tokens: list[str]) -> list[int]:
     """Token types; padding rows count as unused whatever the file says."""
-    raw = metadata.get("tokenizer.ggml.token_type")
-    if raw is None:
-        return [NORMAL] * len(tokens)
-    if not isinstance(raw, np.ndarray) or len(raw) != len(tokens):
-        raise ConfigError(f"{source}: tokenizer.ggml.token_type does not match the vocabulary.")
-    types = [int(kind) for kind in raw]
+    raw = metadata.numbers("token_type", len(tokens))
+    types = [NORMAL] * len(tokens) if raw is None else raw.astype(np.int64).tolist()
     for index, token in enumerate(tokens):
         if token.startswith("[PAD") and _PADDING.fullmatch(token):
             types[index] = UNUSED
@@ -207,17 +207,13 @@ def _types(metadata: Mapping[str, Any], tokens: list[str], source: str) -> list[
 
 
 def _byte_level(
-    metadata: Mapping[str, Any], tokens: list[str], types: list[int], source: str
+    metadata: Metadata, architecture: str, tokens: list[str], types: list[int]
 ) -> Vocabulary:
-    merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(merges, list):
+    source = metadata.source
+    merges = metadata.strings("merges")
+    if merges is None:
         raise ConfigError(f"{source}: the tokenizer's merges (tokenizer.ggml.merges) are missing.")
-    family = pretokenize.choose_family(
-        str(metadata.get("tokenizer.ggml.pre", "")),
-        str(metadata.get("general.architecture", "")),
-        len(tokens),
-        source,
-    )
+    family = pretokenize.choose_family(metadata.text("pre"), architecture, len(tokens), source)
     vocab = {
         token: index
         for index, token in enumerate(tokens)
@@ -237,9 +233,9 @@ def _byte_level(
         tokens=tokens,
         types=types,
         added=added,
-        bos_id=_special_id(metadata, "bos", len(tokens), source),
-        eos_ids=_endings(metadata, added, len(tokens), source),
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", family.startswith("llama"))),
+        bos_id=metadata.token_id("bos", len(tokens)),
+        eos_ids=_endings(metadata, added, len(tokens)),
+        add_bos=metadata.flag("add_bos_token", default=family.startswith("llama")),
     )
 
 
@@ -253,10 +249,8 @@ def bpe_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     return encode
 
 
-def _sentencepiece(
-    metadata: Mapping[str, Any], tokens: list[str], types: list[int], source: str
-) -> Vocabulary:
-    processor = spm.processor_from_gguf(metadata, source)
+def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> Vocabulary:
+    processor = spm.processor_from_gguf(metadata, tokens, types)
     # User-defined pieces are matched by sentencepiece itself.
     added = _added(tokens, types, (CONTROL,))
 
@@ -269,10 +263,10 @@ def _sentencepiece(
         tokens=tokens,
         types=types,
         added=added,
-        bos_id=_special_id(metadata, "bos", len(tokens), source),
-        eos_ids=_endings(metadata, added, len(tokens), source),
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", True)),
-        space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        bos_id=metadata.token_id("bos", len(tokens)),
+        eos_ids=_endings(metadata, added, len(tokens)),
+        add_bos=metadata.flag("add_bos_token", default=True),
+        space_prefix=metadata.flag("add_space_prefix", default=True),
     )
 
 
@@ -284,19 +278,7 @@ def _added(tokens: list[str], types: list[int], kinds: tuple[int, ...]) -> list[
     ]
 
 
-def _special_id(metadata: Mapping[str, Any], name: str, limit: int, source: str) -> int | None:
-    key = f"tokenizer.ggml.{name}_token_id"
-    value = metadata.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, int) or not 0 <= value < limit:
-        raise ConfigError(f"{source}: {key} is {value}, but the vocabulary has {limit} tokens.")
-    return value
-
-
-def _endings(
-    metadata: Mapping[str, Any], added: Sequence[AddedToken], limit: int, source: str
-) -> frozenset[int]:
-    ids = {_special_id(metadata, name, limit, source) for name in ("eos", "eot", "eom")}
+def _endings(metadata: Metadata, added: Sequence[AddedToken], limit: int) -> frozenset[int]:
+    ids = {metadata.token_id(name, limit) for name in ("eos", "eot", "eom")}
     ids |= {token.id for token in added if token.text in _ENDINGS}
     return frozenset(token for token in ids if token is not None)

@@ -146,8 +146,8 @@ def _check_split(paths: list[Path], headers: list[Header]) -> None:
     """Check that the shards belong together and hold every tensor once."""
     seen: dict[str, Path] = {}
     for index, (path, header) in enumerate(zip(paths, headers, strict=True)):
-        count = header.metadata.get("split.count", 1)
-        number = header.metadata.get("split.no", index)
+        count = _number(path, header, "split.count", 1)
+        number = _number(path, header, "split.no", index)
         if count not in (len(paths), 0):
             hint = "" if len(paths) > 1 else "; keep the names NAME-00001-of-0000N.gguf"
             raise ConfigError(
@@ -159,6 +159,13 @@ def _check_split(paths: list[Path], headers: list[Header]) -> None:
             if name in seen:
                 raise ConfigError(f"{path}: tensor '{name}' is already in {seen[name].name}.")
             seen[name] = path
-    total = headers[0].metadata.get("split.tensors.count", len(seen))
+    total = _number(paths[0], headers[0], "split.tensors.count", len(seen))
     if total != len(seen):
         raise ConfigError(f"{paths[0]}: needs {total} tensors, its files hold {len(seen)}.")
+
+
+def _number(path: Path, header: Header, key: str, default: int) -> int:
+    value = header.metadata.get(key, default)
+    if not isinstance(value, int):
+        raise ConfigError(f"{path}: {key} is not a whole number.")
+    return value

@@ -243,6 +243,9 @@ def test_configs_of_the_transformers_package() -> None:
         ({"mlp_only_layers": [3]}, "only leading layers may be dense"),
         ({"use_sliding_window": True}, "'use_sliding_window' is true"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic', supported are"),
+        ({"rope_scaling": "yarn"}, "'rope_scaling' is yarn, expected an object"),
+        ({"mlp_only_layers": 3}, "only leading layers may be dense"),
+        ({"norm_topk_prob": "no"}, "'norm_topk_prob' is no, expected true or false"),
         ({"num_experts": None}, "'num_local_experts' is missing"),
     ],
 )

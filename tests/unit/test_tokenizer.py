@@ -237,9 +237,10 @@ def test_unknown_family_warns_and_guesses(
         ({"tokens": None}, "vocabulary (tokenizer.ggml.tokens) is empty"),
         ({"merges": None}, "merges (tokenizer.ggml.merges) are missing"),
         ({"merges": ["zzz qqq"]}, "vocabulary and its merges disagree"),
-        ({"token_type": np.zeros(3, np.int32)}, "token_type does not match"),
+        ({"token_type": np.zeros(3, np.int32)}, "token_type has 3 values"),
         ({"eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id is 1000000"),
-        ({"model": "llama"}, "scores"),
+        ({"model": "llama"}, "has no scores"),
+        ({"pre": 3}, "tokenizer.ggml.pre is not a string"),
     ],
 )
 def test_broken_vocabularies_are_one_sentence(
@@ -260,6 +261,20 @@ def test_broken_directories_are_one_sentence(qwen: tuple[Tokenizer, Path], tmp_p
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "?"}}')
     with pytest.raises(ConfigError, match=r"tokenizer\.json: is not a usable tokenizer"):
         load_tokenizer(files, tmp_path)
+    content = json.loads((qwen[1] / "tokenizer.json").read_text())
+    for entry, message in (
+        ({"id": 1}, "is not an added token"),
+        ({"id": -1, "content": "x"}, "-1"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": [entry]}))
+        with pytest.raises(ConfigError, match=rf"tokenizer\.json: .*{message}"):
+            load_tokenizer(files, tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    for wrong in (10**6, "x", [1.5]):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id names"):
+            load_tokenizer(files, tmp_path)
+    (tmp_path / "generation_config.json").unlink()
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff")
     with pytest.raises(ConfigError, match=r"tokenizer\.model: sentencepiece refuses"):
