@@ -58,6 +58,8 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "kt_sched_fail": (_PTR, _I64),
     "kt_sched_drain": (_PTR, _PTR, _I32, _PTR),
     "kt_sched_query": (_PTR, _PTR),
+    "kt_sched_journal": (_PTR, _PTR, _I64, _PTR),
+    "kt_sched_check": (_PTR,),
 }
 _RETURNS: dict[str, type] = {"kt_build_info": _STR, "kt_last_error": _STR}
 

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 EVENT_DTYPE = np.dtype(structs.Event)
 SAMPLE_DTYPE = np.dtype(structs.SampleParams)
 
-_STAT_NAMES = [
-    field[0] for field in structs.SchedStats._fields_ if field[0] not in ("struct_size", "reserved")
-]
+_STAT_NAMES = [field[0] for field in structs.SchedStats._fields_ if field[0] != "struct_size"]
 
 
 class Scheduler:
@@ -137,3 +135,17 @@ class Scheduler:
         stats = structs.sized(structs.SchedStats)
         lib.check(self._lib.kt_sched_query(self._handle, ctypes.byref(stats)))
         return {name: getattr(stats, name) for name in _STAT_NAMES}
+
+    def journal(self) -> bytes:
+        """The next piece (at most 1 MiB) of the call record; empty when there is no more. [any]
+
+        Needs KT_SCHED_JOURNAL. Format: native/src/sched/journal.h.
+        """
+        text = ctypes.create_string_buffer(1 << 20)
+        count = ctypes.c_int64()
+        lib.check(self._lib.kt_sched_journal(self._handle, text, len(text), ctypes.byref(count)))
+        return text.raw[: count.value]
+
+    def check(self) -> None:
+        """Verify every native invariant; raises NativeError naming the broken one. For tests."""
+        lib.check(self._lib.kt_sched_check(self._handle))

@@ -46,6 +46,8 @@ KT_MAX_LOGPROBS = 20
 KT_SCHED_FCFS = 0
 KT_SCHED_FCFS_SINGLE_PREFILL = 1
 KT_SCHED_PREFIX_CACHE = 1
+KT_SCHED_LOOKAHEAD = 2
+KT_SCHED_JOURNAL = 4
 KT_EVENT_TOKEN = 1
 KT_EVENT_PROMPT_LOGPROB = 2
 KT_EVENT_FINISH = 3
@@ -210,6 +212,8 @@ class BlockLayout(ctypes.Structure):
         ("bias_values", ctypes.c_int64),
         ("history_ids", ctypes.c_int64),
         ("history_counts", ctypes.c_int64),
+        ("copies_out", ctypes.c_int64),
+        ("copies_in", ctypes.c_int64),
         ("page_ids", ctypes.c_int64),
     )
 
@@ -226,6 +230,8 @@ class Plan(ctypes.Structure):
         ("num_page_ids", ctypes.c_int32),
         ("num_bias", ctypes.c_int32),
         ("num_history", ctypes.c_int32),
+        ("num_copies_out", ctypes.c_int32),
+        ("num_copies_in", ctypes.c_int32),
         ("step_id", ctypes.c_uint64),
         ("used_bytes", ctypes.c_int64),
     )
@@ -278,9 +284,10 @@ class SchedConfig(ctypes.Structure):
         ("max_queue", ctypes.c_int32),
         ("max_samples", ctypes.c_int32),
         ("watermark_pages", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("num_host_pages", ctypes.c_int32),
         ("queue_timeout_ns", ctypes.c_int64),
         ("target_itl_ns", ctypes.c_int64),
+        ("priority_step_ns", ctypes.c_int64),
     )
 
 
@@ -340,7 +347,9 @@ class SchedStats(ctypes.Structure):
         ("pages_free", ctypes.c_int32),
         ("pages_cached", ctypes.c_int32),
         ("pages_used", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("num_preempted", ctypes.c_int32),
+        ("host_pages_total", ctypes.c_int32),
+        ("host_pages_used", ctypes.c_int32),
         ("submitted", ctypes.c_uint64),
         ("finished", ctypes.c_uint64),
         ("cancelled", ctypes.c_uint64),
@@ -352,6 +361,11 @@ class SchedStats(ctypes.Structure):
         ("prefix_query_tokens", ctypes.c_uint64),
         ("prefix_hit_tokens", ctypes.c_uint64),
         ("evicted_pages", ctypes.c_uint64),
+        ("copied_out_pages", ctypes.c_uint64),
+        ("copied_in_pages", ctypes.c_uint64),
+        ("timed_out", ctypes.c_uint64),
+        ("plan_ns", ctypes.c_uint64),
+        ("commit_ns", ctypes.c_uint64),
     )
 
 

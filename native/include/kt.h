@@ -247,6 +247,8 @@ typedef struct kt_block_layout {
   int64_t bias_values;    /* float */
   int64_t history_ids;    /* int32 distinct tokens of prompt and output */
   int64_t history_counts; /* int32 how often among the generated ones (0 = only in the prompt) */
+  int64_t copies_out;     /* int32 [num_copies_out, 2] (page, host_page): page -> host */
+  int64_t copies_in;      /* int32 [num_copies_in, 2] (page, host_page): host -> page */
   int64_t page_ids;       /* int32 [sum of pages]; last, so that a short copy suffices */
 } kt_block_layout;
 
@@ -259,6 +261,8 @@ typedef struct kt_plan {
   int32_t num_page_ids;
   int32_t num_bias;
   int32_t num_history;
+  int32_t num_copies_out; /* page copies between device and host tier; 0 without num_host_pages */
+  int32_t num_copies_in;
   uint64_t step_id;
   int64_t used_bytes; /* the block's content ends here */
 } kt_plan;
@@ -346,7 +350,10 @@ typedef struct kt_sched kt_sched;
 #define KT_SCHED_FCFS 0                /* several prompts may prefill in one step */
 #define KT_SCHED_FCFS_SINGLE_PREFILL 1 /* one prompt at a time */
 
-#define KT_SCHED_PREFIX_CACHE 1u /* flags */
+/* flags */
+#define KT_SCHED_PREFIX_CACHE 1u /* equal token prefixes share pages, also after their request */
+#define KT_SCHED_LOOKAHEAD 2u    /* one step may be planned while the one before is not committed */
+#define KT_SCHED_JOURNAL 4u      /* keep a record of all calls for kt_sched_journal */
 
 typedef struct kt_sched_config {
   uint32_t struct_size;
@@ -360,9 +367,11 @@ typedef struct kt_sched_config {
   int32_t max_queue;       /* most waiting requests; beyond it submit returns KT_FULL */
   int32_t max_samples;     /* most logit rows in a step, >= max_batch_size */
   int32_t watermark_pages; /* pages kept free when a new sequence is admitted; -1 = default */
-  int32_t reserved;
+  int32_t num_host_pages;  /* pages of the host-RAM tier; 0 = none; needs KT_SCHED_PREFIX_CACHE */
   int64_t queue_timeout_ns; /* a request waiting longer ends with KT_FINISH_TIMEOUT; 0 = never */
   int64_t target_itl_ns;    /* adapt the prefill budget to this time between tokens; 0 = off */
+  int64_t priority_step_ns; /* one priority step counts like having come this much earlier, so
+                               nothing waits for ever; 0 = default (10 s) */
 } kt_sched_config;
 
 typedef struct kt_request {
@@ -421,7 +430,9 @@ typedef struct kt_sched_stats {
   int32_t pages_free;   /* never used or evicted */
   int32_t pages_cached; /* unreferenced, kept for their prefix */
   int32_t pages_used;   /* referenced by running sequences */
-  int32_t reserved;
+  int32_t num_preempted; /* part of num_waiting that has run before */
+  int32_t host_pages_total;
+  int32_t host_pages_used;
   uint64_t submitted;
   uint64_t finished;
   uint64_t cancelled;
@@ -432,7 +443,12 @@ typedef struct kt_sched_stats {
   uint64_t decode_tokens;
   uint64_t prefix_query_tokens;
   uint64_t prefix_hit_tokens;
-  uint64_t evicted_pages;
+  uint64_t evicted_pages; /* dropped from the device tier, also when the host keeps them */
+  uint64_t copied_out_pages;
+  uint64_t copied_in_pages;
+  uint64_t timed_out;
+  uint64_t plan_ns; /* total inside kt_sched_plan and kt_sched_commit */
+  uint64_t commit_ns;
 } kt_sched_stats;
 
 KT_API int32_t kt_sched_create(const kt_sched_config* config, kt_sched** out); /* [setup] */
@@ -450,7 +466,18 @@ KT_API int32_t kt_sched_wait(kt_sched* sched, int64_t timeout_ns);
 KT_API int32_t kt_sched_wake(kt_sched* sched); /* [any] */
 /* [engine] Decides the next step and writes it into block (layout.num_bytes bytes). KT_IDLE when
  * nothing can run (out is all zero; events may still be there to drain). KT_ERR_STATE between a
- * plan and its commit. */
+ * plan and its commit.
+ *
+ * Look-ahead (KT_SCHED_LOOKAHEAD): one more step may be planned before the commit of the one before,
+ * into another block. Steps run in the order of their plans, commits come in the same order. Such a
+ * step feeds tokens that are still being sampled (see kt_block_layout.tokens); rows of a sequence
+ * that turns out to have ended are run for nothing and give no event. Sequences with penalties are
+ * not planned ahead: their history would lack a token.
+ *
+ * Host tier (num_host_pages > 0): copies of plan n begin after step n-1 and after all copies of plan
+ * n-1; copies_out end before step n begins; copies_in begin after copies_out and end before step
+ * n+1 begins, so they may overlap step n, whose rows do not touch their pages. A plan may hold
+ * copies only (num_tokens 0): do them and commit 0 tokens. */
 KT_API int32_t kt_sched_plan(kt_sched* sched, int64_t now_ns, void* block, kt_plan* out);
 /* [engine] tokens int32 [num_samples] of the planned step, in logit-row order. Applies stop rules,
  * frees or keeps pages, queues events. */
@@ -462,6 +489,14 @@ KT_API int32_t kt_sched_fail(kt_sched* sched, int64_t now_ns);
 KT_API int32_t kt_sched_drain(kt_sched* sched, kt_event* events, int32_t capacity,
                               int32_t* num_events);
 KT_API int32_t kt_sched_query(kt_sched* sched, kt_sched_stats* out); /* [any] */
+/* [any] Moves up to capacity bytes of the journal out (KT_SCHED_JOURNAL); KT_FULL when more is left.
+ * Text, one call per line in the order in which they took effect, with a digest of every planned
+ * step: replaying the lines on a scheduler of the same configuration gives the same digests. Format:
+ * native/src/sched/journal.h. */
+KT_API int32_t kt_sched_journal(kt_sched* sched, char* text, int64_t capacity, int64_t* num_bytes);
+/* [engine] Verifies every invariant (pages conserved, reference counts equal users, ...);
+ * KT_ERR_INTERNAL names what is broken. O(pages): for tests. */
+KT_API int32_t kt_sched_check(kt_sched* sched);
 
 #ifdef __cplusplus
 }

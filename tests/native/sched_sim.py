@@ -2,14 +2,14 @@
 
 The fake model is a hash: the KV entry of position p is H(entry of p - 1, token), so an entry is right
 only if its whole prefix was computed in these pages, and the next token is a function of the last
-entry. Text therefore never depends on batching, preemption or sharing, unless the scheduler is
-wrong about a page.
+entry. Text therefore never depends on batching, preemption, sharing or page copies, unless the
+scheduler is wrong about a page. Copies run at the latest moment that kt_sched_plan allows.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 
 import numpy as np
 
@@ -62,30 +62,53 @@ def make_request(prompt, max_tokens=8, **changes) -> GenerationRequest:
     return GenerationRequest("r", list(prompt), max_tokens, sampling, **own)
 
 
+class Truth:
+    """What the fake model computes for one request alone, as far as it can get."""
+
+    def __init__(self, prompt, count: int) -> None:
+        self.tokens = [*map(int, prompt)]
+        self.entries = []
+        for position in range(len(self.tokens) + count):
+            if position == len(self.tokens):
+                self.tokens.append(next_token(self.entries[-1]))
+            before = self.entries[-1] if self.entries else 0
+            self.entries.append(mix(before, self.tokens[position]))
+
+
 class Sim:
     """A scheduler, its block, the fake KV, and everything the clients have received."""
 
     def __init__(self, **changes) -> None:
         self.config = make_config(**changes)
+        self.is_ahead = bool(self.config.flags & structs.KT_SCHED_LOOKAHEAD)
         self.scheduler = Scheduler(self.config)
         self.block = np.zeros(self.scheduler.layout.num_bytes, np.uint8)
         self.kv = [0] * (self.config.num_pages * self.config.page_size)
+        self.host_kv = [0] * (self.config.num_host_pages * self.config.page_size)
         self.requests: dict[int, GenerationRequest] = {}
+        self.truth: dict[int, Truth] = {}
         self.output: dict[int, list[int]] = defaultdict(list)
         self.scores: dict[int, list[int]] = defaultdict(list)
         self.finish: dict[int, int] = {}
         self.num_cached: dict[int, int] = {}
+        self.cancelled: set[int] = set()  # as of the last plan
         self.now = 1
         self.num_steps = 0
+        self.step_ns = 1000
+        self.results: deque[np.ndarray] = deque()  # run, not committed
+        self.previous = np.zeros(0, np.int32)  # sampled by the step before
+        self.rows: list[tuple[int, int, int]] = []  # (seq_id, first, count) of the last plan
         self._ids = iter(range(1, 10**9))
 
     def submit(self, prompt, max_tokens=8, **changes) -> int:
+        """The id of a new request, 0 when the queue is full."""
         request = make_request(prompt, max_tokens, **changes)
         seq_id = next(self._ids)
-        self.requests[seq_id] = request
         if not self.scheduler.submit(seq_id, request, self.now):
-            del self.requests[seq_id]
             return 0
+        self.requests[seq_id] = request
+        room = min(max_tokens, self.config.max_len - len(request.prompt_ids))
+        self.truth[seq_id] = Truth(request.prompt_ids, room + 1)
         return seq_id
 
     def view(self, name: str, count: int, dtype=np.int32) -> np.ndarray:
@@ -93,11 +116,30 @@ class Sim:
         return self.block[start : start + count * np.dtype(dtype).itemsize].view(dtype)
 
     def plan(self) -> bool:
-        self.now += 1000
+        """Plan and run a step; its result waits for commit()."""
+        self.now += self.step_ns
         self.block[:] = 0xEE  # whatever the scheduler does not write is visibly wrong
-        return self.scheduler.plan(self.now, self.block.ctypes.data)
+        if not self.scheduler.plan(self.now, self.block.ctypes.data):
+            return False
+        self.results.append(self._run())
+        self.num_steps += 1
+        return True
 
-    def run(self) -> np.ndarray:
+    def commit(self) -> None:
+        tokens = self.results.popleft()
+        self.now += self.step_ns
+        self.scheduler.commit(self.now, tokens.ctypes.data, len(tokens))
+
+    def step(self) -> bool:
+        """One turn of the engine; False when there is nothing left to do."""
+        planned = self.plan()
+        if self.results and (len(self.results) > 1 or not planned or not self.is_ahead):
+            self.commit()
+            planned = True
+        self.drain()
+        return planned
+
+    def _run(self) -> np.ndarray:
         """Check the planned step, write its KV, and return its sampled tokens."""
         plan = self.scheduler.plan_struct
         assert plan.used_bytes == self.scheduler.layout.page_ids + 4 * plan.num_page_ids
@@ -106,12 +148,29 @@ class Sim:
         assert plan.num_samples <= self.config.max_samples
         kv_slot = self.view("kv_slot", plan.num_tokens).tolist()
         assert len(set(kv_slot)) == plan.num_tokens, "two tokens share a place"
+        copies_in = self._copies("copies_in", plan.num_copies_in)
+        for page, host_page in self._copies("copies_out", plan.num_copies_out):
+            self.host_kv[self._span(host_page)] = self.kv[self._span(page)]
+        for page, _ in copies_in:
+            self.kv[self._span(page)] = [0] * self.config.page_size
         self._run_rows()
+        for page, host_page in copies_in:
+            self.kv[self._span(page)] = self.host_kv[self._span(host_page)]
         samples = self.view("samples", plan.num_samples, SAMPLE_DTYPE)
         for row in range(plan.num_decode_rows):
             assert samples[row]["row"] == row
             assert samples[row]["target"] == -1
-        return np.array([self._sample(sample) for sample in samples], np.int32)
+        self.previous = np.array([self._sample(sample) for sample in samples], np.int32)
+        return self.previous
+
+    def _copies(self, name: str, count: int) -> list[list[int]]:
+        copies = self.view(name, 2 * count).reshape(-1, 2).tolist()
+        assert len({page for page, _ in copies}) == count
+        assert len({host_page for _, host_page in copies}) == count
+        return copies
+
+    def _span(self, page: int) -> slice:
+        return slice(page * self.config.page_size, (page + 1) * self.config.page_size)
 
     def _run_rows(self) -> None:
         """Check indptrs, page lists and positions; write the KV of every token."""
@@ -142,7 +201,9 @@ class Sim:
             assert kv_slot[begin:end] == slots[first:]
             entry = self.kv[slots[first - 1]] if first else 0
             for token, slot in zip(tokens[begin:end], slots[first:], strict=True):
-                entry = mix(entry, token)
+                value = token if token >= 0 else int(self.previous[-1 - token])
+                assert token >= 0 or self.is_ahead
+                entry = mix(entry, value)
                 self.kv[slot] = entry
 
     def _sample(self, sample: np.void) -> int:
@@ -151,23 +212,25 @@ class Sim:
         position = int(self.view("positions", plan.num_tokens)[at])
         entry = self.kv[int(self.view("kv_slot", plan.num_tokens)[at])]
         seq_id, target = int(sample["seq_id"]), int(sample["target"])
+        assert seq_id not in self.finish or self.is_ahead, "a sequence was planned after its end"
+        assert seq_id not in self.cancelled, "a cancelled sequence was planned"
         assert self.view("token_row", plan.num_tokens)[at] == sample["row"]
-        text = [*self.requests[seq_id].prompt_ids, *self.output[seq_id]][: position + 1]
-        expected = 0
-        for token in text:
-            expected = mix(expected, int(token))
-        assert entry == expected, f"sequence {seq_id} does not see its own text"
+        truth = self.truth[seq_id]
+        assert entry == truth.entries[position], f"sequence {seq_id} does not see its own text"
         if target >= 0:
-            assert target == self.requests[seq_id].prompt_ids[position + 1]
+            assert target == truth.tokens[position + 1]
+            assert sample["num_logprobs"] == self.requests[seq_id].sampling.prompt_logprobs
             return target
         self._check_sample(sample, seq_id, position)
         return next_token(entry)
 
     def _check_sample(self, sample: np.void, seq_id: int, position: int) -> None:
-        request = self.requests[seq_id]
-        generated = self.output[seq_id]
-        assert position == len(request.prompt_ids) + len(generated) - 1
-        assert sample["position"] == len(generated)
+        request, truth = self.requests[seq_id], self.truth[seq_id]
+        prompt_len = len(request.prompt_ids)
+        num_generated = position + 1 - prompt_len
+        assert sample["position"] == num_generated
+        assert len(self.output[seq_id]) <= num_generated <= len(self.output[seq_id]) + 1
+        assert num_generated < request.max_tokens
         assert sample["seed"] == request.sampling.seed
         for name in ("top_k", "num_logprobs"):
             assert sample[name] == getattr(request.sampling, name)
@@ -180,14 +243,14 @@ class Sim:
         start, count = int(sample["history_start"]), int(sample["history_count"])
         ids = self.view("history_ids", start + count)[start:].tolist()
         counts = self.view("history_counts", start + count)[start:].tolist()
-        has_penalty = (
+        expected = {}
+        if (
             request.sampling.presence_penalty
             or request.sampling.frequency_penalty
             or request.sampling.repetition_penalty != 1.0
-        )
-        expected = {}
-        if has_penalty:
-            expected = {t: generated.count(t) for t in {*request.prompt_ids, *generated}}
+        ):
+            seen = truth.tokens[: position + 1]
+            expected = {token: seen[prompt_len:].count(token) for token in set(seen)}
         assert dict(zip(ids, counts, strict=True)) == expected
         assert len(ids) == len(expected)
 
@@ -195,52 +258,45 @@ class Sim:
         events = self.scheduler.drain().tolist()
         for seq_id, kind, finish, token, token_pos, _row, num_cached, admit_ns in events:
             assert seq_id not in self.finish, "an event after the end"
-            request = self.requests[seq_id]
+            truth = self.truth[seq_id].tokens
+            prompt_len = len(self.requests[seq_id].prompt_ids)
+            self.num_cached[seq_id] = num_cached
             if kind == structs.KT_EVENT_TOKEN:
-                assert token_pos == len(request.prompt_ids) + len(self.output[seq_id])
+                assert token_pos == prompt_len + len(self.output[seq_id])
+                assert token == truth[token_pos]
                 self.output[seq_id].append(token)
                 assert 0 < admit_ns <= self.now
-                self.num_cached[seq_id] = num_cached
             elif kind == structs.KT_EVENT_PROMPT_LOGPROB:
                 assert token_pos == 1 + len(self.scores[seq_id])
-                assert token == request.prompt_ids[token_pos]
+                assert token == truth[token_pos]
                 self.scores[seq_id].append(token)
             else:
                 assert kind == structs.KT_EVENT_FINISH
                 self.finish[seq_id] = finish
-                self.num_cached[seq_id] = num_cached
         return events
-
-    def step(self) -> bool:
-        """One whole step; False when there was nothing to run."""
-        planned = self.plan()
-        if planned:
-            tokens = self.run()
-            self.now += 1000
-            self.scheduler.commit(self.now, tokens.ctypes.data, len(tokens))
-            self.num_steps += 1
-        self.drain()
-        return planned
 
     def finish_all(self, limit: int = 10_000) -> None:
         for _ in range(limit):
             if not self.step():
                 break
         assert self.requests.keys() == self.finish.keys()
+        self.scheduler.check()
         stats = self.scheduler.stats()
         assert stats["num_running"] == stats["num_waiting"] == stats["pages_used"] == 0
         assert stats["pages_free"] + stats["pages_cached"] == stats["pages_total"]
 
     def check_text(self, seq_id: int) -> None:
         """Output is exactly what the request alone would have given."""
-        request = self.requests[seq_id]
-        room = min(request.max_tokens, self.config.max_len - len(request.prompt_ids))
-        expected = alone(request.prompt_ids, room)
+        request, truth = self.requests[seq_id], self.truth[seq_id].tokens
+        prompt_len = len(request.prompt_ids)
+        room = min(request.max_tokens, self.config.max_len - prompt_len)
+        expected = truth[prompt_len : prompt_len + room]
+        reason = structs.KT_FINISH_LENGTH
         for count, token in enumerate(expected, 1):
             if token in request.stop_ids and count >= request.min_tokens:
-                expected = expected[:count]
-                assert self.finish[seq_id] == structs.KT_FINISH_STOP
+                expected, reason = expected[:count], structs.KT_FINISH_STOP
                 break
-        else:
-            assert self.finish[seq_id] == structs.KT_FINISH_LENGTH
+        assert self.finish[seq_id] == reason
         assert self.output[seq_id] == expected
+        if request.sampling.prompt_logprobs >= 0:
+            assert self.scores[seq_id] == truth[1:prompt_len]

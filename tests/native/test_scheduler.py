@@ -20,16 +20,24 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed * 1000 + length).choices(range(50), k=length)
 
 
+CACHE, AHEAD = structs.KT_SCHED_PREFIX_CACHE, structs.KT_SCHED_LOOKAHEAD
+
+
 @pytest.mark.parametrize("policy", [structs.KT_SCHED_FCFS, structs.KT_SCHED_FCFS_SINGLE_PREFILL])
-def test_many_mixed_requests_get_the_text_they_would_get_alone(policy):
-    sim = Sim(policy=policy, num_pages=48)
+@pytest.mark.parametrize(
+    ("flags", "host"), [(0, 0), (CACHE, 0), (CACHE, 20), (AHEAD, 0), (CACHE | AHEAD, 20)]
+)
+def test_many_mixed_requests_get_the_text_they_would_get_alone(policy, flags, host):
+    sim = Sim(policy=policy, num_pages=48, flags=flags, num_host_pages=host)
     rng = random.Random(1)
+    shared = prompt_of(60)
     ids = []
     for i in range(60):
         ids.append(
             sim.submit(
-                prompt_of(rng.randint(1, 90), i),
+                shared[: rng.choice([0, 0, 20, 60])] + prompt_of(rng.randint(1, 30), i),
                 rng.randint(1, 40),
+                prompt_logprobs=rng.choice([-1, -1, 0]),
                 stop_ids=rng.sample(range(50), rng.randint(0, 2)),
                 min_tokens=rng.choice([0, 0, 5]),
                 presence_penalty=rng.choice([0.0, 0.5]),
@@ -39,6 +47,9 @@ def test_many_mixed_requests_get_the_text_they_would_get_alone(policy):
         )
         if i % 3 == 0:
             sim.step()
+            sim.scheduler.check()
+    while sim.step():
+        sim.scheduler.check()
     sim.finish_all()
     for seq_id in ids:
         sim.check_text(seq_id)
@@ -69,8 +80,7 @@ def test_stop_id_is_delivered_and_names_the_reason():
     first = text.index(text[6])
     seq_id = sim.submit(prompt_of(9), 20, stop_ids=[text[6]])
     while sim.plan():
-        tokens = sim.run()
-        sim.scheduler.commit(sim.now, tokens.ctypes.data, len(tokens))
+        sim.commit()
         events = sim.drain()
     assert sim.output[seq_id] == text[: first + 1]
     assert [event[1:3] for event in events] == [
@@ -115,8 +125,7 @@ def test_batch_size_is_never_exceeded_and_is_reached():
     most = 0
     while sim.plan():
         most = max(most, sim.scheduler.plan_struct.num_rows)
-        tokens = sim.run()
-        sim.scheduler.commit(sim.now, tokens.ctypes.data, len(tokens))
+        sim.commit()
         sim.drain()
     assert most == 5
 
@@ -178,8 +187,7 @@ def test_cancel_between_plan_and_commit_ends_at_the_next_plan():
     seq_id = sim.submit(prompt_of(4), 50)
     assert sim.plan()
     sim.scheduler.cancel(seq_id)
-    tokens = sim.run()
-    sim.scheduler.commit(sim.now, tokens.ctypes.data, len(tokens))
+    sim.commit()
     assert not sim.plan()
     sim.drain()
     assert sim.output[seq_id] == alone(prompt_of(4), 1)
@@ -210,6 +218,7 @@ def test_failed_step_ends_its_sequences_and_spares_the_others():
     sim = Sim(max_batch_size=2)
     ids = [sim.submit(prompt_of(3), 5) for _ in range(3)]
     assert sim.plan()
+    sim.results.clear()
     sim.scheduler.fail(sim.now)
     sim.drain()
     assert sim.finish == dict.fromkeys(ids[:2], structs.KT_FINISH_ERROR)
@@ -281,7 +290,7 @@ def test_order_of_calls_is_checked():
     tokens = np.zeros(5, np.int32)
     with pytest.raises(NativeError, match="5 tokens, the planned step has 1"):
         sim.scheduler.commit(0, tokens.ctypes.data, 5)
-    sim.scheduler.commit(0, tokens.ctypes.data, 1)
+    sim.commit()
 
 
 def test_wait_wakes_for_submit_wake_and_time():

@@ -1,5 +1,6 @@
 // The scheduler behind the C ABI: argument checks, the hand-over from submitting threads to the
 // engine thread, and the poisoned state after a broken invariant.
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -9,6 +10,7 @@
 #include "base/error.h"
 #include "base/ring.h"
 #include "kt.h"
+#include "sched/journal.h"
 #include "sched/scheduler.h"
 
 namespace {
@@ -23,21 +25,27 @@ struct Message {
 
 // DESIGN
 //  core        engine thread only.
-//  ring        its lock also guards living, num_waiting, counters: submit refuses a living id and a
-//              full queue without waiting for the engine, which updates them after plan and commit.
+//  ring        its lock also guards living, num_waiting, counters and the journal: submit refuses a
+//              living id and a full queue without waiting for the engine, which updates them after
+//              plan and commit.
 struct kt_sched {
   explicit kt_sched(const kt_sched_config& c) : config(c), core(c) { stats = core.stats(); }
+
+  bool has_journal() const { return (config.flags & KT_SCHED_JOURNAL) != 0; }
 
   const kt_sched_config config;
   kt::sched::Scheduler core;
   std::vector<Message> taken;  // engine thread's scratch
   bool is_poisoned = false;    // engine thread
+  uint64_t plan_ns = 0;        // engine thread
+  uint64_t commit_ns = 0;      // engine thread
 
   kt::Ring<Message> ring;
   std::unordered_set<uint64_t> living;  // submitted and not ended
   int32_t num_waiting = 0;              // never admitted yet
   uint64_t num_rejected = 0;
   kt_sched_stats stats = {};
+  kt::sched::Journal journal;
 };
 
 namespace {
@@ -47,7 +55,9 @@ using kt::guard;
 void publish(kt_sched& s) {
   const std::vector<uint64_t> ended = s.core.take_ended();
   const int32_t dequeued = s.core.take_dequeued();
-  const kt_sched_stats stats = s.core.stats();
+  kt_sched_stats stats = s.core.stats();
+  stats.plan_ns = s.plan_ns;
+  stats.commit_ns = s.commit_ns;
   s.ring.locked([&] {
     for (const uint64_t id : ended) {
       s.living.erase(id);
@@ -77,9 +87,35 @@ int32_t run(kt_sched* s, Body&& body) {
   });
 }
 
+// Adds the time until its end to a total.
+class Stopwatch {
+ public:
+  explicit Stopwatch(uint64_t* total) : total_(total) {}
+  ~Stopwatch() {
+    *total_ += static_cast<uint64_t>(
+        std::chrono::nanoseconds(std::chrono::steady_clock::now() - begin_).count());
+  }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+
+ private:
+  uint64_t* total_;
+  std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+};
+
+template <class Record>
+void record(kt_sched& s, Record&& add) {
+  if (s.has_journal()) {
+    s.ring.locked([&] { add(s.journal); });
+  }
+}
+
 void take_messages(kt_sched& s) {
-  s.ring.take_all(s.taken, [] {});
+  s.ring.take_all(s.taken);
   for (Message& message : s.taken) {
+    record(s, [&](kt::sched::Journal& journal) {
+      message.seq ? journal.submit(*message.seq) : journal.cancel(message.cancel_id);
+    });
     if (message.seq) {
       s.core.add(std::move(message.seq));
     } else {
@@ -184,8 +220,17 @@ int32_t kt_sched_plan(kt_sched* sched, int64_t now_ns, void* block, kt_plan* out
   return run(sched, [&](kt_sched& s) {
     kt::require_handle(block, "block");
     kt::require_struct(out, "out");
-    take_messages(s);
-    const int32_t status = s.core.plan(now_ns, block, out);
+    int32_t status = KT_OK;
+    {
+      const Stopwatch watch(&s.plan_ns);
+      take_messages(s);
+      status = s.core.plan(now_ns, block, out);
+    }
+    record(s, [&](kt::sched::Journal& journal) {
+      const bool is_idle = status == KT_IDLE;
+      journal.plan(now_ns, status,
+                   is_idle ? 0 : kt::sched::plan_digest(s.core.layout(), *out, block));
+    });
     publish(s);
     return status;
   });
@@ -194,7 +239,11 @@ int32_t kt_sched_plan(kt_sched* sched, int64_t now_ns, void* block, kt_plan* out
 int32_t kt_sched_commit(kt_sched* sched, int64_t now_ns, const int32_t* tokens,
                         int32_t num_samples) {
   return run(sched, [&](kt_sched& s) {
-    s.core.commit(now_ns, tokens, num_samples);
+    {
+      const Stopwatch watch(&s.commit_ns);
+      s.core.commit(now_ns, tokens, num_samples);
+    }
+    record(s, [&](kt::sched::Journal& journal) { journal.commit(now_ns, tokens, num_samples); });
     publish(s);
     return KT_OK;
   });
@@ -203,6 +252,7 @@ int32_t kt_sched_commit(kt_sched* sched, int64_t now_ns, const int32_t* tokens,
 int32_t kt_sched_fail(kt_sched* sched, int64_t now_ns) {
   return run(sched, [&](kt_sched& s) {
     s.core.fail(now_ns);
+    record(s, [&](kt::sched::Journal& journal) { journal.fail(now_ns); });
     publish(s);
     return KT_OK;
   });
@@ -228,9 +278,36 @@ int32_t kt_sched_query(kt_sched* sched, kt_sched_stats* out) {
     kt::require_struct(out, "out");
     sched->ring.locked([&] {
       *out = sched->stats;
-      // Sequences that the engine has not taken over yet are waiting too.
       out->rejected = sched->num_rejected;
+      // Sequences that the engine has not taken over yet are waiting too.
+      out->num_waiting = sched->num_waiting + out->num_preempted;
     });
+    return KT_OK;
+  });
+}
+
+int32_t kt_sched_journal(kt_sched* sched, char* text, int64_t capacity, int64_t* num_bytes) {
+  return guard([&] {
+    kt::require_handle(sched, "sched");
+    kt::require_handle(text, "text");
+    kt::require_handle(num_bytes, "num_bytes");
+    if (capacity < 0) {
+      kt::fail_argument("capacity is " + std::to_string(capacity));
+    }
+    bool is_empty = true;
+    sched->ring.locked([&] {
+      *num_bytes = sched->journal.drain(text, capacity);
+      is_empty = sched->journal.is_empty();
+    });
+    return is_empty ? KT_OK : KT_FULL;
+  });
+}
+
+int32_t kt_sched_check(kt_sched* sched) {
+  return run(sched, [&](kt_sched& s) {
+    if (const char* wrong = s.core.check()) {
+      kt::fail_internal(wrong);
+    }
     return KT_OK;
   });
 }

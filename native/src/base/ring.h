@@ -41,13 +41,11 @@ class Ring {
     ready_.notify_one();
   }
 
-  // [consumer] Moves every message into `out` (emptied first); `also` runs under the same lock.
-  template <class Also>
-  void take_all(std::vector<T>& out, Also&& also) {
+  // [consumer] Moves every message into `out` (emptied first).
+  void take_all(std::vector<T>& out) {
     out.clear();
     const std::lock_guard<std::mutex> lock(mutex_);
     messages_.swap(out);
-    also();
   }
 
   // [any] Runs body under the lock.

@@ -27,6 +27,8 @@ BlockCapacity block_capacity(const kt_sched_config& config) {
   capacity.history =
       std::min<int64_t>(rows * config.max_len, std::max<int64_t>(config.max_len, kHistoryEntries));
   capacity.page_ids = rows * max_pages;
+  // Each page can leave and each can be filled at most once in a plan.
+  capacity.copies = config.num_host_pages > 0 ? config.num_pages : 1;
   return capacity;
 }
 
@@ -53,6 +55,8 @@ kt_block_layout block_layout(const kt_sched_config& config) {
   layout.bias_values = place(end, capacity.bias * 4);
   layout.history_ids = place(end, capacity.history * 4);
   layout.history_counts = place(end, capacity.history * 4);
+  layout.copies_out = place(end, capacity.copies * 8);
+  layout.copies_in = place(end, capacity.copies * 8);
   layout.page_ids = place(end, capacity.page_ids * 4);
   layout.num_bytes = end;
   return layout;
@@ -138,6 +142,13 @@ int32_t BlockWriter::add_sample(const Sequence& seq, int32_t position, int32_t t
     plan_->num_history += sample.history_count;
   }
   return index;
+}
+
+void BlockWriter::add_copies(const std::vector<PageCopy>& out, const std::vector<PageCopy>& in) {
+  std::copy(out.begin(), out.end(), array<PageCopy>(layout_.copies_out));
+  std::copy(in.begin(), in.end(), array<PageCopy>(layout_.copies_in));
+  plan_->num_copies_out = static_cast<int32_t>(out.size());
+  plan_->num_copies_in = static_cast<int32_t>(in.size());
 }
 
 void BlockWriter::finish(uint64_t step_id) {

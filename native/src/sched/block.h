@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kt.h"
 #include "sched/sequence.h"
@@ -13,6 +14,13 @@ struct BlockCapacity {
   int64_t bias = 0;
   int64_t history = 0;
   int64_t page_ids = 0;
+  int64_t copies = 0;
+};
+
+// One page on its way between the tiers, as the block holds it.
+struct PageCopy {
+  int32_t page;
+  int32_t host_page;
 };
 
 BlockCapacity block_capacity(const kt_sched_config& config);
@@ -27,6 +35,7 @@ class BlockWriter {
   void add_row(const Sequence& seq, int32_t count);
   // A logit row for the last added row's token at `position`; returns its number.
   int32_t add_sample(const Sequence& seq, int32_t position, int32_t target);
+  void add_copies(const std::vector<PageCopy>& out, const std::vector<PageCopy>& in);
   void finish(uint64_t step_id);
 
  private:

@@ -6,7 +6,7 @@
 
 namespace kt::sched {
 
-PagePool::PagePool(int32_t num_pages) : refs_(static_cast<size_t>(num_pages), 0) {
+PagePool::PagePool(int32_t num_pages) : is_taken_(static_cast<size_t>(num_pages), 0) {
   free_.reserve(static_cast<size_t>(num_pages));
   for (int32_t page = num_pages - 1; page >= 0; --page) {
     free_.push_back(page);
@@ -19,18 +19,17 @@ int32_t PagePool::take() {
   }
   const int32_t page = free_.back();
   free_.pop_back();
-  refs_[static_cast<size_t>(page)] = 1;
+  is_taken_[static_cast<size_t>(page)] = 1;
   return page;
 }
 
-void PagePool::release(int32_t page) {
-  int32_t& refs = refs_.at(static_cast<size_t>(page));
-  if (refs <= 0) {
-    fail_internal("page " + std::to_string(page) + " released twice");
+void PagePool::give_back(int32_t page) {
+  uint8_t& taken = is_taken_.at(static_cast<size_t>(page));
+  if (taken == 0) {
+    fail_internal("page " + std::to_string(page) + " was given back twice");
   }
-  if (--refs == 0) {
-    free_.push_back(page);
-  }
+  taken = 0;
+  free_.push_back(page);
 }
 
 }  // namespace kt::sched

@@ -11,6 +11,7 @@ namespace {
 constexpr int32_t kMaxStopIds = 64;
 constexpr int32_t kMaxBias = 1024;
 constexpr int32_t kMaxPriority = 1000;
+constexpr int64_t kMaxPriorityStepNs = int64_t{3600} * 1'000'000'000;  // an hour
 
 void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value < low || value > high) {
@@ -50,7 +51,7 @@ void check_fit(const kt_sched_config& config, const kt_request& r) {
 }  // namespace
 
 void check_config(const kt_sched_config& c) {
-  check_range("flags", c.flags, 0, KT_SCHED_PREFIX_CACHE);
+  check_range("flags", c.flags, 0, KT_SCHED_PREFIX_CACHE | KT_SCHED_LOOKAHEAD | KT_SCHED_JOURNAL);
   check_range("policy", c.policy, KT_SCHED_FCFS, KT_SCHED_FCFS_SINGLE_PREFILL);
   check_range("max_batch_size", c.max_batch_size, 1, 256);
   check_range("chunk_size", c.chunk_size, 1, 1 << 20);
@@ -60,6 +61,10 @@ void check_config(const kt_sched_config& c) {
   check_range("max_queue", c.max_queue, 1, 1 << 24);
   check_range("max_samples", c.max_samples, c.max_batch_size, 1 << 20);
   check_range("watermark_pages", c.watermark_pages, -1, c.num_pages);
+  const bool has_cache = (c.flags & KT_SCHED_PREFIX_CACHE) != 0;
+  check_range(has_cache ? "num_host_pages" : "num_host_pages (without a prefix cache)",
+              c.num_host_pages, 0, has_cache ? INT32_MAX / c.page_size : 0);
+  check_range("priority_step_ns", c.priority_step_ns, 0, kMaxPriorityStepNs);
   check_range("queue_timeout_ns", c.queue_timeout_ns, 0, INT64_MAX);
   check_range("target_itl_ns", c.target_itl_ns, 0, INT64_MAX);
 }
@@ -106,6 +111,15 @@ std::unique_ptr<Sequence> make_sequence(const kt_sched_config& config, const kt_
   for (const int32_t token : seq->tokens) {
     if (token < 0) {
       fail_argument("the prompt contains the negative token " + std::to_string(token));
+    }
+  }
+  if ((config.flags & KT_SCHED_PREFIX_CACHE) != 0) {
+    const int32_t num_pages = r.num_tokens / config.page_size;
+    seq->hashes.reserve(static_cast<size_t>(num_pages));
+    uint64_t hash = root_hash(r.cache_salt);
+    for (int32_t i = 0; i < num_pages; ++i) {
+      hash = page_hash(hash, seq->tokens.data() + i * config.page_size, config.page_size);
+      seq->hashes.push_back(hash);
     }
   }
   if (r.presence_penalty != 0.0F || r.frequency_penalty != 0.0F || r.repetition_penalty != 1.0F) {

@@ -14,6 +14,14 @@
 //  Progress  the oldest running sequence can always take pages from the younger ones, and a single
 //            sequence always fits the pool (checked at create and submit), so every sequence ends
 //            after a bounded number of steps.
+//  Sharing   full pages become nodes of the prefix tree at the commit that computed them; from then
+//  on
+//            every sequence with the same prefix uses the same page, also one that computed it
+//            itself.
+//  Look-ahead a step planned before the commit of the one before feeds the token that is still
+//  being
+//            sampled (num_pending); steps run in plan order, so a page freed now may be written by
+//            later plans while the step in flight still reads it.
 //  Promise   admission sets aside the pages that running prefills still lack, plus a watermark, so
 //            that an admitted prompt is not preempted half way by the next one.
 #pragma once
@@ -29,7 +37,9 @@
 #include "kt.h"
 #include "sched/block.h"
 #include "sched/pages.h"
+#include "sched/prefix.h"
 #include "sched/sequence.h"
+#include "sched/step_cost.h"
 
 namespace kt::sched {
 
@@ -56,6 +66,8 @@ class Scheduler {
 
   bool has_events() const { return !events_.empty(); }
   bool has_work() const { return !living_.empty() || !events_.empty(); }
+  // What is wrong with the state, or NULL. O(pages).
+  const char* check() const;
   kt_sched_stats stats() const;
   // Ids of sequences that ended since the last call, and how many left the queue for good.
   std::vector<uint64_t> take_ended() { return std::exchange(ended_, {}); }
@@ -74,9 +86,11 @@ class Scheduler {
   };
   struct Step {
     uint64_t id = 0;
+    int64_t plan_ns = 0;
     int32_t num_samples = 0;
     int32_t num_decode_tokens = 0;
     int32_t num_prefill_tokens = 0;
+    bool has_copies = false;
     std::vector<Row> rows;
   };
   // What may still be added to the step being planned.
@@ -85,10 +99,17 @@ class Scheduler {
     int32_t samples = 0;
     int64_t history = 0;
   };
+  // Cached path of a waiting sequence, remembered while it has to wait.
+  struct Match {
+    uint64_t arrival = UINT64_MAX;
+    uint64_t num_removed = 0;
+    std::vector<int32_t> nodes;
+  };
 
   int32_t pages_for(int32_t num_tokens) const {
     return (num_tokens + config_.page_size - 1) / config_.page_size;
   }
+  bool has_flag(uint32_t flag) const { return (config_.flags & flag) != 0; }
   bool wants_token(const Sequence& seq) const { return seq.max_tokens > 0; }
   bool is_decoding(const Sequence& seq) const {
     return seq.num_remaining() == 1 && wants_token(seq);
@@ -98,36 +119,66 @@ class Scheduler {
   int32_t num_scores(const Sequence& seq, int32_t count) const;
   int32_t fit_samples(const Sequence& seq, int32_t count, const Budget& budget) const;
 
+  // plan.cpp
   void expire(int64_t now_ns);
   void plan_decodes(Step& step, Budget& budget);
+  void limit_prefill(const Step& step, Budget& budget) const;
   void plan_prefills(Step& step, Budget& budget);
   void admit(int64_t now_ns, Step& step, Budget& budget);
+  bool admit_one(Sequence& seq, int64_t promised, int64_t now_ns);
   bool plan_chunk(Sequence& seq, Step& step, Budget& budget);
   void add_row(Sequence& seq, int32_t count, Step& step, Budget& budget);
   void write(Step& step, void* block, kt_plan* out);
+
+  // paging.cpp
+  int32_t num_available() const { return pool_.num_free() + tree_.num_idle(); }
+  int32_t take_page();
+  int32_t take_host_page();
   bool reserve(Sequence& seq, int32_t num_tokens, bool may_preempt);
   int64_t promised_pages() const;
+  size_t max_shared_pages(const Sequence& seq) const;
+  void hash_pages(Sequence& seq);
+  const std::vector<int32_t>& match(const Sequence& seq);
+  void use_node(Sequence& seq, int32_t id);
+  void load_node(int32_t id);
+  void adopt(Sequence& seq);
+  void share(Sequence& seq, int32_t num_computed);
   void preempt(Sequence& seq);
   void release_pages(Sequence& seq);
+  void forget_idle();
+  const char* check_pages() const;
+
+  // commit.cpp
   void finish(Sequence& seq, int32_t reason);
   void emit(const Sequence& seq, int32_t kind, int32_t finish, int32_t token, int32_t token_pos,
             int32_t sample_row);
   void commit_row(Row& row, const int32_t* tokens);
+  void append_token(Sequence& seq, int32_t token, int32_t sample);
 
   kt_sched_config config_;
   kt_block_layout layout_;
   BlockCapacity capacity_;
   PagePool pool_;
-  std::unordered_map<uint64_t, std::unique_ptr<Sequence>> living_;  // never iterated
+  PagePool host_pool_;
+  PrefixTree tree_;
+  StepCost cost_;
+  std::unordered_map<uint64_t, std::unique_ptr<Sequence>> living_;  // never iterated in decisions
   std::map<ServiceKey, Sequence*> waiting_;
-  std::vector<Sequence*> running_;  // ascending key
-  std::deque<Step> in_flight_;      // planned, not committed; oldest first
+  std::vector<Sequence*> running_;                      // ascending key
+  std::deque<std::pair<uint64_t, uint64_t>> arrivals_;  // (seq_id, arrival) by age, for the timeout
+  std::deque<Step> in_flight_;                          // planned, not committed; oldest first
   std::deque<kt_event> events_;
+  Match match_;
+  std::vector<PageCopy> copies_out_;  // of the plan being made
+  std::vector<PageCopy> copies_in_;
+  std::vector<int32_t> host_freed_;  // read by copies_in of the last plan: free from the next on
   std::vector<uint64_t> ended_;
   int32_t dequeued_ = 0;
+  int32_t num_preempted_ = 0;
   uint64_t num_arrived_ = 0;
-  uint64_t next_step_id_ = 1;
-  int64_t last_submit_ns_ = INT64_MIN;
+  uint64_t plan_id_ = 0;  // of the plan being made or made last
+  int64_t last_submit_ns_ = INT64_MIN / 4;
+  int64_t last_commit_ns_ = INT64_MIN;
   kt_sched_stats counters_ = {};
 };
 

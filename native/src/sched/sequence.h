@@ -57,6 +57,7 @@ struct Sequence {
   std::vector<int32_t> stop_ids;
   std::vector<int32_t> bias_ids;
   std::vector<float> bias_values;
+  std::vector<uint64_t> hashes;  // chained hash of each full page; only with a prefix cache
 
   // Progress.
   std::vector<int32_t> tokens;  // prompt and committed output
@@ -64,6 +65,8 @@ struct Sequence {
   ServiceKey key;
   int64_t admit_ns = 0;           // 0 until first admitted
   std::vector<int32_t> pages;     // page of position p is pages[p / page_size]
+  std::vector<int32_t> nodes;     // the first nodes.size() pages belong to these cache nodes
+  uint64_t ready_plan = 0;        // not in plans before this one: its pages are being loaded
   int32_t num_planned = 0;        // tokens whose KV exists once the steps in flight have run
   int32_t num_pending = 0;        // sampled tokens in flight (0 or 1)
   int32_t pending_row = -1;       // logit row of that token in the step in flight
