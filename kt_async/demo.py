@@ -21,7 +21,7 @@ from kt_async.text.template import CHATML
 from kt_async.weights.writer import write_gguf
 
 # The number in the name changes whenever the generated file does.
-_FILE_NAME = "demo-random-1.gguf"
+_FILE_NAME = "demo-random-2.gguf"
 _VOCAB_SIZE = 768
 
 DEMO_SPEC = ModelSpec(

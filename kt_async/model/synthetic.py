@@ -41,6 +41,9 @@ _SCALES: dict[str, tuple[tuple[int, float], ...]] = {
     "IQ3_XXS": ((0, 1.0),),
     "IQ3_S": ((0, 1.0),),
 }
+# Types whose levels are not symmetric and whose scales are negative in real files too: half of
+# the blocks get a negative one, so that the levels' mean cancels.
+_SIGNED = frozenset({"Q4_0", "Q5_0", "Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS"})
 _TILE_BYTES = 1 << 20
 
 # (tensor name, layer index or -1, number of layers) -> type name
@@ -67,6 +70,9 @@ def random_blocks(
     _set_scales(type_name, blocks, 1.0)
     scale = std / _measured_std(type_name, blocks[: max(1, 65536 // block)])
     _set_scales(type_name, blocks, scale)
+    if type_name in _SIGNED:
+        ((offset, _),) = _SCALES[type_name]
+        blocks[:, offset + 1] ^= rng.integers(0, 2, count, np.uint8) << 7  # the f16 sign
     return blocks
 
 
@@ -108,7 +114,7 @@ def random_tensors(
             result.append(TensorData(name, TYPE_IDS["F32"], shape, [raw]))
             continue
         layer = int(name.split(".")[1]) if name.startswith("blk.") else -1
-        type_name = recipe(name, layer, spec.num_layers)
+        type_name = fitting_type(recipe(name, layer, spec.num_layers), shape[-1])
         kind = TYPE_IDS[type_name]
         block_bytes = TYPES[kind][2]
         key = (type_name, _std(name, shape))
@@ -120,6 +126,15 @@ def random_tensors(
         chunks = _repeat(tiles[key], start, tensor.num_bytes // block_bytes)
         result.append(TensorData(name, kind, shape, chunks))
     return result
+
+
+def fitting_type(type_name: str, cols: int) -> str:
+    """Return the type, or for rows its blocks do not divide the one converters then choose."""
+    if cols % TYPES[TYPE_IDS[type_name]][1] == 0:
+        return type_name
+    if cols % 32 == 0:
+        return {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}.get(type_name, "IQ4_NL")
+    return "F16"
 
 
 def _std(name: str, shape: tuple[int, ...]) -> float:

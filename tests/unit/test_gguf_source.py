@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import struct
 import time
 from pathlib import Path
@@ -120,6 +121,23 @@ def test_data_outlives_close_and_advice_does_not_change_it(tmp_path: Path) -> No
     files.close()
     files.close()
     assert (view == before).all()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_release_gives_pages_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    size = 32 << 20
+    write_gguf(path, {}, [TensorData("x", 24, (size,), [bytes(size)]), tensor("y")])
+    files = open_model(path)
+    before = resident_bytes()
+    assert int(files.data("x").sum()) == 0
+    touched = resident_bytes()
+    files.release("x")
+    assert touched - before > size * 0.8
+    assert resident_bytes() - before < size * 0.2
 
 
 def test_large_vocabulary_opens_quickly(tmp_path: Path) -> None:
