@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kt_async.api.choices import LoggedToken
+from kt_async.api.choice import LoggedToken
 from kt_async.api.state import TokenizerLike
 
 # JSON has no infinity; OpenAI writes this for a token that could not be chosen.

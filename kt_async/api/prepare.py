@@ -6,7 +6,6 @@ Long texts are tokenised in an executor; everything else here is short.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,27 +13,18 @@ from typing import Any
 
 import orjson
 
-from kt_async.api.choices import Choice, Run, TextRules
-from kt_async.api.schema import (
-    Body,
-    ChatBody,
-    CompletionBody,
-    Message,
-    TextPart,
-    bias_map,
-    check_ids,
-    invalid,
-    split_prompts,
-    stop_list,
-)
+from kt_async.api.bodies import Body, ChatBody, CompletionBody, Message, TextPart
+from kt_async.api.choice import Choice, TextRules
+from kt_async.api.run import Run
+from kt_async.api.sampling import choice_seed, salt_bits, sampling_params
+from kt_async.api.schema import check_ids, invalid, split_prompts, stop_list
 from kt_async.api.state import ApiState
-from kt_async.engine.types import GenerationRequest, SamplingParams
+from kt_async.engine.types import GenerationRequest
 from kt_async.errors import RequestError
 from kt_async.text.detokenizer import Detokenizer, StopStrings
 
 INLINE_CHARS = 4096  # texts up to this size are tokenised on the loop, well under 1 ms
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
-_MASK64 = 2**64 - 1
 # The template's own arguments; chat_template_kwargs may not replace them.
 _RESERVED_KWARGS = frozenset(
     {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
@@ -199,9 +189,10 @@ def _job(
         min_tokens=min_tokens,
         skip_special=body.skip_special_tokens is not False,
         logprobs=num_logprobs >= 0,
+        prompt_logprobs=num_logprobs >= 0 and isinstance(body, CompletionBody) and bool(body.echo),
     )
-    echo_logprobs = isinstance(body, CompletionBody) and body.echo
-    sampling = _sampling(body, state, num_logprobs, num_logprobs if echo_logprobs else -1)
+    prompt_logprobs = num_logprobs if rules.prompt_logprobs else -1
+    sampling = sampling_params(body, state, num_logprobs, prompt_logprobs)
     vocab_size = state.engine.info.vocab_size
     check_ids(body.stop_token_ids or (), vocab_size, "stop_token_ids")
     stop_ids = set(body.stop_token_ids or ())
@@ -210,7 +201,7 @@ def _job(
     # Without a seed of the client's, equal prompts of one request give different answers too.
     seeded = body.seed is not None
     seed = body.seed if body.seed is not None else secrets.randbits(64)
-    salt = _salt(body.cache_salt)
+    salt = salt_bits(body.cache_salt)
     requests = [
         GenerationRequest(
             request_id=request_id,
@@ -258,48 +249,3 @@ def _max_tokens(prompt: Prompt, limit: int | None, explicit: bool, state: ApiSta
     limit = min(limit, room)
     cap = state.settings.max_new_tokens
     return limit if cap is None else min(limit, cap)
-
-
-def _sampling(
-    body: Body, state: ApiState, num_logprobs: int, prompt_logprobs: int
-) -> SamplingParams:
-    settings = state.settings
-    top_p = settings.top_p if body.top_p is None else body.top_p
-    top_k = settings.top_k if body.top_k is None else max(body.top_k, 0)
-    if top_p == 0:  # the smallest set that holds any mass is the most likely token
-        top_p, top_k = 1.0, 1
-    repetition = body.repetition_penalty or body.repeat_penalty or settings.repetition_penalty
-    return SamplingParams(
-        temperature=settings.temperature if body.temperature is None else body.temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=settings.min_p if body.min_p is None else body.min_p,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=repetition,
-        logit_bias=bias_map(body.logit_bias, state.engine.info.vocab_size),
-        num_logprobs=num_logprobs,
-        prompt_logprobs=prompt_logprobs,
-    )
-
-
-def choice_seed(seed: int, index: int) -> int:
-    """Return the 64-bit seed of a choice: the given one for the first, then a hash of both.
-
-    Source of the mixing steps: Steele et al., SplitMix, OOPSLA 2014.
-    """
-    seed &= _MASK64
-    if index == 0:
-        return seed
-    z = (seed + index * 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)
-
-
-def _salt(salt: str | int | None) -> int:
-    """Return the 64-bit salt of the prefix cache; 0 shares with everybody."""
-    if salt is None:
-        return 0
-    digest = hashlib.blake2b(str(salt).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") or 1

@@ -14,7 +14,7 @@ from kt_async.errors import RequestError
 from kt_async.metrics import Metrics
 
 if TYPE_CHECKING:
-    from kt_async.api.choices import Run
+    from kt_async.api.run import Run
 
 
 class TokenizerLike(Protocol):

@@ -1,6 +1,6 @@
 """Incremental detokenisation: token bytes in, text that is safe to send out.
 
-Pure state machines without I/O, used by `api.choices` on the event loop. Two promises, whatever
+Pure state machines without I/O, used by `api.choice` on the event loop. Two promises, whatever
 the chunking of the input: text that could still become a stop string is never sent, and text that
 did not become one is never lost. A character split over several tokens appears when it is whole.
 """

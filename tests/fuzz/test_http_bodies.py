@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kt_async.api.app import ApiSettings
-from kt_async.api.schema import ChatBody, CompletionBody
+from kt_async.api.bodies import ChatBody, CompletionBody
 from kt_async.api.state import STATE
 from tests.unit.conftest import Api, serve
 

@@ -126,7 +126,7 @@ class FakeGeneration:
         ):
             reason, sentence = engine.failure_output
             return self.put(StepOutput(finish_reason=reason, error=sentence))
-        if self.first and request.sampling.prompt_logprobs >= 0:
+        if self.first and request.sampling.prompt_logprobs >= 0 and len(request.prompt_ids) > 1:
             common["prompt_logprobs"] = [
                 None,
                 *(

@@ -315,6 +315,14 @@ async def test_echo_with_logprobs_as_lm_eval_asks(
     assert api.engine.submitted[0].sampling.prompt_logprobs == 1
 
 
+async def test_echo_of_a_single_token_prompt(api: Api) -> None:
+    body = {"prompt": [97], "echo": True, "logprobs": 0, "max_tokens": 1}
+    choice = (await post(api, TEXT, body))["choices"][0]
+    assert choice["text"] == "aHello"
+    assert choice["logprobs"]["tokens"] == ["a", "Hello"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.25]
+
+
 async def test_echo_without_logprobs(api: Api) -> None:
     answer = await post(api, TEXT, {"prompt": ["a ", "b "], "echo": True, "max_tokens": 1})
     assert [c["text"] for c in answer["choices"]] == ["a Hello", "b Hello"]
