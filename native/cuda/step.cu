@@ -191,14 +191,14 @@ extern "C" __global__ void route(const float* logits, Routing p, int* ids, float
       int better = 0;
       for (int o = 0; o < p.groups; ++o) better += group[o] > group[g] || (group[o] == group[g] && o < g);
       if (better >= p.groups_used) {
-        for (int e = g * size; e < (g + 1) * size; ++e) choice[e] = -3.4e38f;
+        for (int e = g * size; e < (g + 1) * size; ++e) choice[e] = -3.2e38f;
       }
     }
     __syncwarp();
   }
   float sum = 0.0f, mine = 0.0f;
   for (int k = 0; k < p.top_k; ++k) {
-    float best = -3.5e38f;
+    float best = -3.3e38f;
     int at = p.experts;
     for (int e = lane; e < p.experts; e += kWarp) {
       if (choice[e] > best) {
@@ -220,7 +220,7 @@ extern "C" __global__ void route(const float* logits, Routing p, int* ids, float
     if (lane == k) mine = weight;
     if (lane == 0) {
       ids[blockIdx.x * p.top_k + k] = at;
-      choice[at] = -3.6e38f;
+      choice[at] = -3.4e38f;
     }
     __syncwarp();
   }
