@@ -6,9 +6,7 @@ import ctypes
 from types import TracebackType
 from typing import Self
 
-from kt_async.errors import ConfigError
 from kt_async.ffi import structs
-from kt_async.ffi.host import ISA_NAMES
 from kt_async.ffi.lib import check, load
 
 
@@ -19,18 +17,19 @@ class Pool:
         self,
         num_threads: int = 0,
         *,
-        isa: str = "auto",
+        isa: int = structs.KT_ISA_AUTO,
         spin_us: int = -1,
         pin: bool = True,
         fake_nodes: int = 0,
     ) -> None:
-        """num_threads: 0 = physical cores within the CPU quota. isa: auto or one of ISA_NAMES."""
-        if isa != "auto" and isa not in ISA_NAMES:
-            raise ConfigError(f"isa {isa!r} is unknown; choose auto, {', '.join(ISA_NAMES)}")
+        """num_threads: 0 = physical cores within the CPU quota. isa: KT_ISA_x.
+
+        Raises NativeError: an option out of range, an instruction set this machine lacks.
+        """
         config = structs.sized(
             structs.PoolConfig,
             num_threads=num_threads,
-            isa=structs.KT_ISA_AUTO if isa == "auto" else ISA_NAMES.index(isa),
+            isa=isa,
             spin_us=spin_us,
             pin=int(pin),
             fake_nodes=fake_nodes,

@@ -1,0 +1,79 @@
+// One routed-expert layer: two phases over the union of the experts that the step's tokens use.
+//
+// DESIGN
+//  Grouping: every worker sorts the (token, expert) pairs by expert for itself; that costs less than
+//  a barrier. Pair p of the sorted order owns row p of the intermediate activations.
+//  Phase 1 (run_up): a task is 32 intermediate rows of one expert (two bands of gate, two of up)
+//  for all its tokens: silu(gate) * up is prepared in place, because 32 columns are one block of
+//  the prepared form. Barrier.
+//  Phase 2 (run_down): a task is one band of output rows. Its owner walks the experts in id order
+//  and adds weight * down to the output, so a token's result never depends on the other tokens of
+//  the step, and nothing is added atomically.
+#pragma once
+
+#include <cstdint>
+
+#include "base/arena.h"
+#include "experts/tasks.h"
+#include "kernels/kernels.h"
+#include "kernels/vector.h"
+#include "model/weights.h"
+
+namespace kt {
+
+// Rows handled per kernel call: bounds the temporaries; the band is then still in L1/L2.
+inline constexpr int32_t kRowBlock = 64;
+inline constexpr int32_t kUnitRows = 2 * kBandRows;
+
+struct ExpertWeights {
+  const Weight* gate = nullptr;
+  const Weight* up = nullptr;
+  const Weight* down = nullptr;
+};
+
+// Throws when the three matrices do not fit together.
+void check_expert_weights(const ExpertWeights& weights, const char* op);
+
+// Sorted pairs, private to one worker.
+struct Grouping {
+  int32_t* start = nullptr;    // [E + 1] pairs of expert e: start[e] .. start[e + 1]
+  int32_t* tokens = nullptr;   // [T * K]
+  float* weights = nullptr;    // [T * K]
+  int32_t* active = nullptr;   // [E] experts with pairs, ascending
+  int32_t num_active = 0;
+};
+
+// Memory of a layer, shared by all layers of a model; sized for the largest.
+struct ExpertBuffers {
+  int64_t max_pairs = 0;
+  int32_t max_experts = 0;
+  uint8_t* mid = nullptr;  // prepared intermediate rows [max_pairs]
+  std::vector<Grouping> groupings;   // per worker
+  std::vector<float*> temps;         // per worker: 2 * kRowBlock * kUnitRows floats
+  std::vector<uint8_t*> scratch;     // per worker: multiply_scratch_bytes
+};
+
+void allocate_expert_buffers(Workers& workers, Arena& arena, int64_t max_pairs, int32_t max_experts,
+                             int64_t mid_row_bytes, int32_t max_cols, ExpertBuffers& buffers);
+
+struct ExpertJob {
+  ExpertWeights weights;
+  const uint8_t* x = nullptr;  // prepared rows [T]
+  int64_t x_stride = 0;
+  const float* residual = nullptr;  // [T, H] or nullptr = 0; may be out
+  int64_t residual_stride = 0;
+  float* out = nullptr;  // [T, H]
+  int64_t out_stride = 0;
+  int32_t num_tokens = 0;
+  const MatrixKernels* matrix = nullptr;
+  const VectorKernels* vector = nullptr;
+  TailCounter* tails = nullptr;  // [2 * parts]: phase 1, then phase 2
+};
+
+// ids, weights: [T, K].
+void group_pairs(const int32_t* ids, const float* weights, int32_t num_tokens, int32_t top_k,
+                 int32_t num_experts, Grouping& grouping);
+void run_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker);
+void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker);
+
+}  // namespace kt
