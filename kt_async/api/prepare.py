@@ -180,8 +180,11 @@ def _job(
         raise invalid(f"n: {len(prompts)} prompts x n = {n} exceed {most} sequences", "n")
     max_tokens = [_max_tokens(p, limit, explicit, state) for p in prompts]
     min_tokens = body.min_tokens or 0
-    if limit is not None and min_tokens > limit:
-        raise invalid(f"min_tokens: {min_tokens} exceeds max_tokens = {limit}", "min_tokens")
+    if min_tokens > min(max_tokens):
+        raise invalid(
+            f"min_tokens: {min_tokens} exceeds the {min(max_tokens)} tokens that may be generated",
+            "min_tokens",
+        )
     stops = stop_list(body.stop)
     rules = TextRules(
         stops=StopStrings(stops) if stops else None,

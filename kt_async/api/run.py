@@ -75,6 +75,9 @@ class Run:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for choice in self.choices:
+            if choice.finish_reason is None:
+                self.metrics.count_finish("abort")
 
     async def wait(self) -> None:
         """Return when there is something to send or, without every_step, when all have ended."""

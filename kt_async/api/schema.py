@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -208,8 +208,10 @@ def bias_map(bias: dict[str, float] | None, vocab_size: int) -> dict[int, float]
     return out
 
 
-def check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
+def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
     """Refuse token ids outside the vocabulary."""
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return
     for pos, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise invalid(

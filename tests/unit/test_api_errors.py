@@ -61,6 +61,7 @@ PROBES: list[tuple[tuple[str, bytes], str, str | None]] = [
     (chat(max_tokens=3, max_completion_tokens=4), "invalid_value", "max_tokens"),
     (chat(max_tokens=5000), "context_length_exceeded", "max_tokens"),
     (chat(min_tokens=5, max_tokens=4), "invalid_value", "min_tokens"),
+    (chat(min_tokens=4096), "invalid_value", "min_tokens"),
     (chat(stop=""), "invalid_value", "stop"),
     (chat(stop=["a", ""]), "invalid_value", "stop[1]"),
     (chat(stop=["a"] * 17), "invalid_value", "stop"),

@@ -241,6 +241,18 @@ async def test_metrics_agree_with_the_usages(api: Api) -> None:
     assert values['kt_async:http_responses_total{status="200"}'] == 3
 
 
+async def test_a_disconnect_is_counted(api: Api) -> None:
+    endless(api)
+    _, writer = await open_request(api, {"stream": True, "max_tokens": 4000})
+    await until(lambda: api.engine.living)
+    writer.close()
+    await until(lambda: not api.app[STATE].running and not api.engine.living)
+    async with api.http.get("/metrics") as got:
+        values = samples(await got.text())
+    assert values['kt_async:request_success_total{finished_reason="abort"}'] == 1
+    assert values["kt_async:e2e_request_latency_seconds_count"] == 1
+
+
 async def test_cors(api: Api) -> None:
     origin = {"Origin": "http://localhost:3000"}
     preflight = origin | {
