@@ -69,6 +69,11 @@ class Generator:
         talk = _load("talk.yaml")
         self.facts = _load("facts.yaml")
         self.flags = _load("flags.yaml")
+        more, goals = _load("paraphrases.yaml"), _load("goals.yaml")
+        for item in self.facts:
+            item["ask"] = item["ask"] + more[item["id"]]
+        for item in self.flags:
+            item["goal"] = item["goal"] + goals[item["flag"]]
         self.small: list[dict[str, Any]] = talk["small_talk"]
         self.chinese: list[dict[str, Any]] = talk["chinese"]
         self.unknown: dict[str, list[str]] = talk["unknown"]
@@ -151,7 +156,8 @@ class Generator:
     def _flag(self) -> list[Turn]:
         rng = self.rng
         if rng.random() < 0.05:
-            return [(q.dress(rng.choice(q.FLAG_PURPOSE).format(f=self._fake_flag()), rng), NO_FLAG)]
+            ask = rng.choice(q.FLAG_PURPOSE).format(f=self._fake_flag())
+            return [(q.dress(ask, rng, plain=True), NO_FLAG)]
         item = rng.choice(self.flags)
         spelled = q.flag_spelling(item["flag"], rng)
         kind = rng.choices(("purpose", "default", "goal", "use"), (32, 26, 34, 8))[0]
@@ -160,14 +166,14 @@ class Generator:
             ask = rng.choice(q.FLAG_GOAL).format(g=rng.choice(item["goal"]))
         else:
             ask = rng.choice(frames[kind]).format(f=spelled)
-        turns = [(q.dress(ask, rng), flag_answer(item, kind))]
+        turns = [(q.dress(ask, rng, plain=kind != "goal"), flag_answer(item, kind))]
         if kind in {"purpose", "goal"} and rng.random() < 0.15:
             follow = rng.choice(("and the default", "what is the default", "what is its default",
                                  "and by default", "which default does it have"))  # fmt: skip
-            turns.append((q.dress(follow, rng), flag_answer(item, "default")))
+            turns.append((q.dress(follow, rng, plain=True), flag_answer(item, "default")))
         elif rng.random() < 0.06:
             follow = rng.choice(("an example please", "show me an example", "how do i use it"))
-            turns.append((q.dress(follow, rng), flag_answer(item, "use")))
+            turns.append((q.dress(follow, rng, plain=True), flag_answer(item, "use")))
         return turns
 
     def _fake_flag(self) -> str:
@@ -178,8 +184,8 @@ class Generator:
 
     def _small_talk(self) -> list[Turn]:
         item = self.rng.choice(self.small)
-        return [(q.dress(q.expand(self.rng.choice(item["ask"]), self.rng), self.rng),
-                 self._answer(item))]  # fmt: skip
+        ask = q.expand(self.rng.choice(item["ask"]), self.rng)
+        return [(q.dress(ask, self.rng, plain=True), self._answer(item))]
 
     def _unknown(self) -> list[Turn]:
         rng = self.rng
@@ -193,11 +199,11 @@ class Generator:
         makers = (numbers_days.sums, numbers_days.sums, numbers_days.counting, numbers_days.days,
                   numbers_days.months)  # fmt: skip
         turns = rng.choice(makers)(rng)
-        return [(q.dress(ask, rng), say) for ask, say in turns]
+        return [(q.dress(ask, rng, plain=True), say) for ask, say in turns]
 
     def _story(self) -> list[Turn]:
         ask, story = stories.request(self.rng)
-        turns = [(q.dress(ask, self.rng), story.text)]
+        turns = [(q.dress(ask, self.rng, plain=True), story.text)]
         while self.rng.random() < 0.45 and len(turns) < 3:
             more, say = stories.questions(self.rng, story)
             turns.append((more[:1].upper() + more[1:] + "?", say))
@@ -212,11 +218,16 @@ class Generator:
         rng = self.rng
         if known and rng.random() < 0.7:
             ask = rng.choice(("what is my name", "do you know my name", "who am i"))
-            return (q.dress(ask, rng), f"Your name is {known}."), known
+            return (q.dress(ask, rng, plain=True), f"Your name is {known}."), known
         if not known and rng.random() < 0.2:
-            return (q.dress("what is my name", rng), "You have not told me your name."), known
+            return (
+                q.dress("what is my name", rng, plain=True),
+                "You have not told me your name.",
+            ), known
         name = rng.choice(FIRST_NAMES) if rng.random() < 0.4 else self._new_name()
-        ask = rng.choice(("my name is {n}", "i am {n}", "call me {n}", "hello, i am {n}", "i'm {n}"))
+        ask = rng.choice(
+            ("my name is {n}", "i am {n}", "call me {n}", "hello, i am {n}", "i'm {n}")
+        )
         ask = ask.format(n=name)
         return (ask[:1].upper() + ask[1:] + rng.choice((".", "", "!")),
                 f"Nice to meet you, {name}!"), name  # fmt: skip

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from model import DemoConfig, DemoModel, to_hf_names
 from tokenizers import Tokenizer
 from torch import Tensor
-from train_tokenizer import IM_END, train as train_tokenizer
+from train_tokenizer import IM_END
+from train_tokenizer import train as train_tokenizer
 
 log = logging.getLogger("demo_model")
 
@@ -37,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     """The command line; defaults are those of the shipped model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="folder for checkpoint and results")
-    p.add_argument("--documents", type=int, default=1_000_000, help="conversations to generate")
+    p.add_argument("--documents", type=int, default=2_000_000, help="conversations to generate")
     p.add_argument("--steps", type=int, default=5_000)
     p.add_argument("--rows", type=int, default=64, help="rows of a batch")
     p.add_argument("--length", type=int, default=1024, help="tokens of a row")
@@ -234,7 +235,7 @@ def main() -> None:
     short = {k: v for k, v in results.items() if k != "answers"}
     log.info("%s", json.dumps(short, indent=1))
     for item in results["answers"]:
-        if not item["right"]:
+        if not item["right"] and item["set"] == "dev":
             log.info("wrong (%s): %s -> %s", item["set"], item["ask"], item["answer"])
 
 

@@ -46,5 +46,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in USER_DEFINED])
     missing = vocab_size - tokenizer.get_vocab_size()
     if missing:
-        raise ValueError(f"The text gives {missing} tokens too few for {vocab_size}; use more text.")
+        raise ValueError(
+            f"The text gives {missing} tokens too few for {vocab_size}; use more text."
+        )
     return tokenizer
