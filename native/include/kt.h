@@ -167,6 +167,7 @@ typedef struct kt_tensor {
 /* Operation codes. in/out name buffers, w weights, i/f parameters; unused entries are -1 / 0.
  * "rows" = T until KT_OP_GATHER, S for buffers derived from it. All outputs may alias in0 only
  * where said. */
+/* clang-format off */
 #define KT_OP_EMBED 1      /* out0[T,H] = w0[token] ; w0 borrowed [V,H] */
 #define KT_OP_RMSNORM 2    /* out0 = in0 / rms(in0) * w0, over groups of i0 columns (0 = all); f0 = eps */
 #define KT_OP_LINEAR 3     /* out0 = in0 . w0^T (+ w1 bias vector) (+ in1 when in1 >= 0; out0 may be in1) */
@@ -186,6 +187,7 @@ typedef struct kt_tensor {
 #define KT_OP_ADD 7        /* out0 = in0 + in1; out0 may be in0 */
 #define KT_OP_GATE_ADD 8   /* out0 = in0 + sigmoid(in1[:,0]) * in2 : shared expert gate; out0 may be in0 */
 #define KT_OP_GATHER 9     /* out0[S,H] = in0[logit_token[s]] */
+/* clang-format on */
 
 typedef struct kt_op {
   uint32_t struct_size;

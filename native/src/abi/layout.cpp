@@ -234,7 +234,9 @@ constexpr kt_abi_field kFields[] = {
 }  // namespace
 
 extern "C" int32_t kt_abi_fields(const kt_abi_field** table, int32_t* num_fields) {
-  if (table == nullptr || num_fields == nullptr) return KT_ERR_ARGUMENT;
+  if (table == nullptr || num_fields == nullptr) {
+    return KT_ERR_ARGUMENT;
+  }
   *table = kFields;
   *num_fields = static_cast<int32_t>(sizeof(kFields) / sizeof(kFields[0]));
   return KT_OK;

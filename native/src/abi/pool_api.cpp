@@ -27,7 +27,9 @@ uint64_t read_all(const uint8_t* data, int64_t num_bytes) {
   }
   const Line all = sum[0] + sum[1] + sum[2] + sum[3];
   uint64_t total = 0;
-  for (int i = 0; i < 8; ++i) total += all[i];
+  for (int i = 0; i < 8; ++i) {
+    total += all[i];
+  }
   return total;
 }
 
@@ -58,7 +60,9 @@ double bench_read(kt::Workers& workers, int64_t num_bytes, int32_t passes) {
   // Every byte is 1, so the sum is known: the reads cannot have been optimised away.
   const uint64_t expected =
       static_cast<uint64_t>(lines) * 512 * 0x0101010101010101ull * static_cast<uint64_t>(passes);
-  if (sink.load() != expected) kt::fail_internal("kt_bench_read: the data read back is wrong");
+  if (sink.load() != expected) {
+    kt::fail_internal("kt_bench_read: the data read back is wrong");
+  }
   return best;
 }
 
@@ -87,7 +91,9 @@ int32_t kt_pool_describe(const kt_pool* pool, char* text, int32_t capacity) {
   return kt::guard([&] {
     kt::require_handle(pool, "pool");
     kt::require_handle(text, "text");
-    if (capacity < 1) kt::fail_argument("capacity is " + std::to_string(capacity) + ", at least 1");
+    if (capacity < 1) {
+      kt::fail_argument("capacity is " + std::to_string(capacity) + ", at least 1");
+    }
     const std::string line = pool->workers.describe();
     const size_t length = std::min(line.size(), static_cast<size_t>(capacity) - 1);
     std::memcpy(text, line.data(), length);

@@ -26,13 +26,17 @@ class Arena {
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
   ~Arena() {
-    for (const Chunk& chunk : chunks_) munmap(chunk.map, static_cast<size_t>(chunk.map_bytes));
+    for (const Chunk& chunk : chunks_) {
+      munmap(chunk.map, static_cast<size_t>(chunk.map_bytes));
+    }
   }
 
   // Zeroed memory aligned to 4 KiB (2 MiB when large). Throws std::bad_alloc.
   uint8_t* allocate(int64_t num_bytes) {
     const int64_t bytes = round_up(num_bytes < 1 ? 1 : num_bytes, 4096);
-    if (chunks_.empty() || chunks_.back().used + bytes > chunks_.back().size) add_chunk(bytes);
+    if (chunks_.empty() || chunks_.back().used + bytes > chunks_.back().size) {
+      add_chunk(bytes);
+    }
     Chunk& chunk = chunks_.back();
     uint8_t* result = chunk.base + chunk.used;
     chunk.used += bytes;
@@ -60,10 +64,11 @@ class Arena {
     const int64_t map_bytes = size + kHugePage;
     void* map = mmap(nullptr, static_cast<size_t>(map_bytes), PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (map == MAP_FAILED) throw std::bad_alloc();
+    if (map == MAP_FAILED) {
+      throw std::bad_alloc();
+    }
     const auto address = reinterpret_cast<uintptr_t>(map);
-    const auto aligned = static_cast<uintptr_t>(
-        round_up(static_cast<int64_t>(address), kHugePage));
+    const auto aligned = static_cast<uintptr_t>(round_up(static_cast<int64_t>(address), kHugePage));
     uint8_t* base = static_cast<uint8_t*>(map) + (aligned - address);
     // Advice only: a kernel without huge pages refuses it and nothing else changes.
     (void)madvise(base, static_cast<size_t>(size), MADV_HUGEPAGE);

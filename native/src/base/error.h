@@ -60,13 +60,17 @@ int32_t guard(Body&& body) noexcept {
 
 template <class Handle>
 void require_handle(const Handle* handle, const char* name) {
-  if (handle == nullptr) fail_argument(std::string(name) + " is NULL");
+  if (handle == nullptr) {
+    fail_argument(std::string(name) + " is NULL");
+  }
 }
 
 // Input and output structs carry their own size; a mismatch means another ABI version.
 template <class Struct>
 void require_struct(const Struct* value, const char* name) {
-  if (value == nullptr) fail_argument(std::string(name) + " is NULL");
+  if (value == nullptr) {
+    fail_argument(std::string(name) + " is NULL");
+  }
   if (value->struct_size != sizeof(Struct)) {
     throw Error(KT_ERR_ABI, std::string(name) + ": struct_size is " +
                                 std::to_string(value->struct_size) + ", this build expects " +

@@ -22,7 +22,9 @@ struct Registers {
 
 Registers cpuid(uint32_t leaf, uint32_t subleaf) {
   Registers r;
-  if (__get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d) == 0) return Registers{};
+  if (__get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d) == 0) {
+    return Registers{};
+  }
   return r;
 }
 
@@ -48,26 +50,36 @@ uint32_t detect() {
   uint32_t mask = 1u << KT_ISA_SCALAR;
   const Registers basic = cpuid(1, 0);
   const bool os_saves = bit(basic.c, 27);
-  if (!os_saves) return mask;
+  if (!os_saves) {
+    return mask;
+  }
   const uint64_t state = xcr0();
   const Registers more = cpuid(7, 0);
   const Registers newer = cpuid(7, 1);
-  constexpr uint64_t kYmm = 0x6;    // SSE and AVX halves
-  constexpr uint64_t kZmm = 0xe6;   // the same, opmask, upper halves, 16 more registers
+  constexpr uint64_t kYmm = 0x6;   // SSE and AVX halves
+  constexpr uint64_t kZmm = 0xe6;  // the same, opmask, upper halves, 16 more registers
   constexpr uint64_t kTile = 0x60000;
   const bool avx2 = covers(state, kYmm) && bit(basic.c, 28) && bit(basic.c, 12) &&
                     bit(basic.c, 29) && bit(more.b, 5) && bit(more.b, 8);
-  if (!avx2) return mask;
+  if (!avx2) {
+    return mask;
+  }
   mask |= 1u << KT_ISA_AVX2;
   const bool avx512 = covers(state, kZmm) && bit(more.b, 16) && bit(more.b, 17) &&
                       bit(more.b, 28) && bit(more.b, 30) && bit(more.b, 31);
-  if (!avx512) return mask;
+  if (!avx512) {
+    return mask;
+  }
   mask |= 1u << KT_ISA_AVX512;
   const bool vnni = bit(more.c, 1) && bit(more.c, 11) && bit(newer.a, 5);
-  if (!vnni) return mask;
+  if (!vnni) {
+    return mask;
+  }
   mask |= 1u << KT_ISA_AVX512VNNI;
   const bool amx = covers(state, kTile) && bit(more.d, 22) && bit(more.d, 24) && bit(more.d, 25);
-  if (amx && request_amx()) mask |= 1u << KT_ISA_AMX;
+  if (amx && request_amx()) {
+    mask |= 1u << KT_ISA_AMX;
+  }
   return mask;
 }
 
@@ -87,13 +99,17 @@ uint32_t isa_mask() {
 int32_t best_isa() {
   int32_t best = KT_ISA_SCALAR;
   for (int32_t isa = KT_ISA_SCALAR; isa <= KT_ISA_AMX; ++isa) {
-    if (((isa_mask() >> isa) & 1u) != 0) best = isa;
+    if (((isa_mask() >> isa) & 1u) != 0) {
+      best = isa;
+    }
   }
   return best;
 }
 
 int32_t resolve_isa(int32_t isa) {
-  if (isa == KT_ISA_AUTO) return best_isa();
+  if (isa == KT_ISA_AUTO) {
+    return best_isa();
+  }
   if (isa < KT_ISA_SCALAR || isa > KT_ISA_AMX) {
     fail_argument("isa " + std::to_string(isa) + " is not one of -1 (auto), 0 .. 4");
   }
@@ -106,12 +122,18 @@ int32_t resolve_isa(int32_t isa) {
 
 const char* isa_name(int32_t isa) {
   switch (isa) {
-    case KT_ISA_SCALAR: return "scalar";
-    case KT_ISA_AVX2: return "avx2";
-    case KT_ISA_AVX512: return "avx512";
-    case KT_ISA_AVX512VNNI: return "avx512vnni";
-    case KT_ISA_AMX: return "amx";
-    default: return "unknown";
+    case KT_ISA_SCALAR:
+      return "scalar";
+    case KT_ISA_AVX2:
+      return "avx2";
+    case KT_ISA_AVX512:
+      return "avx512";
+    case KT_ISA_AVX512VNNI:
+      return "avx512vnni";
+    case KT_ISA_AMX:
+      return "amx";
+    default:
+      return "unknown";
   }
 }
 
@@ -123,7 +145,9 @@ std::string cpu_name() {
     for (const uint32_t word : {r.a, r.b, r.c, r.d}) {
       for (int shift = 0; shift < 32; shift += 8) {
         const char c = static_cast<char>((word >> shift) & 0xff);
-        if (c != '\0') name.push_back(c);
+        if (c != '\0') {
+          name.push_back(c);
+        }
       }
     }
   }

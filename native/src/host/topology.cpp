@@ -39,7 +39,9 @@ std::vector<int32_t> parse_cpu_list(const std::string& text) {
   while (std::getline(stream, item, ',')) {
     char* end = nullptr;
     const long first = std::strtol(item.c_str(), &end, 10);
-    if (end == item.c_str()) continue;
+    if (end == item.c_str()) {
+      continue;
+    }
     const long last = *end == '-' ? std::strtol(end + 1, nullptr, 10) : first;
     for (long cpu = first; cpu <= last && cpu < 1 << 16; ++cpu) {
       cpus.push_back(static_cast<int32_t>(cpu));
@@ -53,15 +55,21 @@ std::vector<int32_t> allowed_cpus() {
   // Large enough for 16384 CPUs; the fixed cpu_set_t stops at 1024.
   constexpr int kMaxCpus = 16384;
   cpu_set_t* set = CPU_ALLOC(kMaxCpus);
-  if (set == nullptr) return {0};
+  if (set == nullptr) {
+    return {0};
+  }
   const size_t bytes = CPU_ALLOC_SIZE(kMaxCpus);
   if (sched_getaffinity(0, bytes, set) == 0) {
     for (int cpu = 0; cpu < kMaxCpus; ++cpu) {
-      if (CPU_ISSET_S(static_cast<size_t>(cpu), bytes, set)) cpus.push_back(cpu);
+      if (CPU_ISSET_S(static_cast<size_t>(cpu), bytes, set)) {
+        cpus.push_back(cpu);
+      }
     }
   }
   CPU_FREE(set);
-  if (cpus.empty()) cpus.push_back(0);
+  if (cpus.empty()) {
+    cpus.push_back(0);
+  }
   return cpus;
 }
 
@@ -71,7 +79,9 @@ std::map<int32_t, int32_t> cpu_nodes() {
   const std::string root = "/sys/devices/system/node/";
   for (const int32_t node : parse_cpu_list(read_line(root + "online"))) {
     const std::string list = read_line(root + "node" + std::to_string(node) + "/cpulist");
-    for (const int32_t cpu : parse_cpu_list(list)) nodes[cpu] = node;
+    for (const int32_t cpu : parse_cpu_list(list)) {
+      nodes[cpu] = node;
+    }
   }
   return nodes;
 }
@@ -83,11 +93,15 @@ std::string cgroup_path(const std::string& controller) {
   while (std::getline(file, line)) {
     const size_t first = line.find(':');
     const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
-    if (second == std::string::npos) continue;
+    if (second == std::string::npos) {
+      continue;
+    }
     const std::string names = "," + line.substr(first + 1, second - first - 1) + ",";
-    const bool match = controller.empty() ? names == ",," : names.find("," + controller + ",") !=
-                                                                std::string::npos;
-    if (match) return line.substr(second + 1);
+    const bool match = controller.empty() ? names == ",,"
+                                          : names.find("," + controller + ",") != std::string::npos;
+    if (match) {
+      return line.substr(second + 1);
+    }
   }
   return "/";
 }
@@ -98,7 +112,9 @@ std::vector<std::string> cgroup_dirs(const std::string& root, std::string path) 
   while (true) {
     dirs.push_back(root + (path == "/" ? "" : path));
     const size_t slash = path.find_last_of('/');
-    if (path.empty() || path == "/" || slash == std::string::npos) break;
+    if (path.empty() || path == "/" || slash == std::string::npos) {
+      break;
+    }
     path = slash == 0 ? "/" : path.substr(0, slash);
   }
   return dirs;
@@ -117,7 +133,9 @@ int32_t read_quota() {
   for (const std::string& dir : cgroup_dirs("/sys/fs/cgroup/cpu", cgroup_path("cpu"))) {
     const int64_t quota = read_number(dir + "/cpu.cfs_quota_us", -1);
     const int64_t period = read_number(dir + "/cpu.cfs_period_us", 0);
-    if (quota > 0 && period > 0) least = std::min(least, quota * 1000 / period);
+    if (quota > 0 && period > 0) {
+      least = std::min(least, quota * 1000 / period);
+    }
   }
   return least > INT32_MAX ? -1 : static_cast<int32_t>(std::max<int64_t>(least, 1));
 }
@@ -141,13 +159,17 @@ int64_t cgroup_headroom() {
                          const std::string& cache_key) {
     const int64_t limit = read_number(dir + limit_file, -1);
     const int64_t usage = read_number(dir + usage_file, -1);
-    if (limit <= 0 || usage < 0 || limit >= INT64_MAX / 2) return;
+    if (limit <= 0 || usage < 0 || limit >= INT64_MAX / 2) {
+      return;
+    }
     int64_t cache = 0;
     std::ifstream stat(dir + "/memory.stat");
     std::string key;
     int64_t value = 0;
     while (stat >> key >> value) {
-      if (key == cache_key) cache = value;
+      if (key == cache_key) {
+        cache = value;
+      }
     }
     least = std::min(least, std::max<int64_t>(limit - usage + cache, 0));
   };
@@ -183,11 +205,17 @@ Topology read_topology() {
     const auto node = nodes.find(cpu);
     const int32_t node_id = node == nodes.end() ? 0 : node->second;
     renumbered.emplace(node_id, 0);
-    if (seen.emplace(package, core).second) topology.cores.push_back({cpu, node_id});
+    if (seen.emplace(package, core).second) {
+      topology.cores.push_back({cpu, node_id});
+    }
   }
   int32_t next = 0;
-  for (auto& entry : renumbered) entry.second = next++;
-  for (Core& core : topology.cores) core.node = renumbered[core.node];
+  for (auto& entry : renumbered) {
+    entry.second = next++;
+  }
+  for (Core& core : topology.cores) {
+    core.node = renumbered[core.node];
+  }
   topology.num_nodes = next;
   std::sort(topology.cores.begin(), topology.cores.end(), [](const Core& x, const Core& y) {
     return std::make_pair(x.node, x.cpu) < std::make_pair(y.node, y.cpu);
@@ -207,7 +235,9 @@ Topology read_topology() {
 int32_t default_threads(const Topology& topology) {
   int32_t threads = static_cast<int32_t>(topology.cores.size());
   // Rounded down: a worker beyond the quota only gets the others throttled in mid-phase.
-  if (topology.quota_millicpus > 0) threads = std::min(threads, topology.quota_millicpus / 1000);
+  if (topology.quota_millicpus > 0) {
+    threads = std::min(threads, topology.quota_millicpus / 1000);
+  }
   return std::max(threads, 1);
 }
 

@@ -59,7 +59,9 @@ void check_config(const kt_pool_config& config) {
   if (config.spin_us < -1 || config.spin_us > 1'000'000) {
     reject("spin_us", config.spin_us, "-1 .. 1000000");
   }
-  if (config.pin < 0 || config.pin > 1) reject("pin", config.pin, "0 or 1");
+  if (config.pin < 0 || config.pin > 1) {
+    reject("pin", config.pin, "0 or 1");
+  }
   if (config.fake_nodes < 0 || config.fake_nodes > 64) {
     reject("fake_nodes", config.fake_nodes, "0 .. 64");
   }
@@ -82,8 +84,8 @@ Workers::Workers(const kt_pool_config& config) {
   // controller is used; workers keep the order of the cores, hence of the nodes.
   for (int32_t worker = 0; worker < num_threads_; ++worker) {
     const Range range = split(num_cores, worker, num_threads_);
-    const Core& core = topology.cores[static_cast<size_t>(
-        std::min<int64_t>(range.first, num_cores - 1))];
+    const Core& core =
+        topology.cores[static_cast<size_t>(std::min<int64_t>(range.first, num_cores - 1))];
     cpus_.push_back(pinned_ ? core.cpu : -1);
     nodes_.push_back(core.node);
   }
@@ -98,13 +100,17 @@ Workers::Workers(const kt_pool_config& config) {
   for (int32_t worker = 0; worker < num_threads_; ++worker) {
     const bool first = worker == 0 || nodes_[static_cast<size_t>(worker)] !=
                                           nodes_[static_cast<size_t>(worker) - 1];
-    if (first) node_workers_.push_back({worker, worker});
+    if (first) {
+      node_workers_.push_back({worker, worker});
+    }
     ++node_workers_.back().last;
   }
   num_nodes_ = static_cast<int32_t>(node_workers_.size());
   for (int32_t node = 0; node < num_nodes_; ++node) {
     const Range range = workers_of(node);
-    for (int64_t w = range.first; w < range.last; ++w) nodes_[static_cast<size_t>(w)] = node;
+    for (int64_t w = range.first; w < range.last; ++w) {
+      nodes_[static_cast<size_t>(w)] = node;
+    }
   }
 
   for (int32_t worker = 1; worker < num_threads_; ++worker) {
@@ -117,21 +123,29 @@ Workers::~Workers() {
   stop_ = true;
   epoch_.word.fetch_add(1);
   wake(epoch_);
-  for (std::thread& thread : threads_) thread.join();
+  for (std::thread& thread : threads_) {
+    thread.join();
+  }
 }
 
 // Worker 0 is the caller's thread and keeps the caller's affinity: threads it starts later would
 // inherit a narrower one.
 void Workers::pin(int32_t worker, int32_t cpu) {
-  if (cpu < 0) return;
+  if (cpu < 0) {
+    return;
+  }
   cpu_set_t* set = CPU_ALLOC(static_cast<size_t>(cpu) + 1);
-  if (set == nullptr) return;
+  if (set == nullptr) {
+    return;
+  }
   const size_t bytes = CPU_ALLOC_SIZE(static_cast<size_t>(cpu) + 1);
   CPU_ZERO_S(bytes, set);
   CPU_SET_S(static_cast<size_t>(cpu), bytes, set);
   std::thread& thread = threads_[static_cast<size_t>(worker) - 1];
   const int failed = pthread_setaffinity_np(thread.native_handle(), bytes, set);
-  if (failed != 0) cpus_[static_cast<size_t>(worker)] = -1;  // shown by describe()
+  if (failed != 0) {
+    cpus_[static_cast<size_t>(worker)] = -1;  // shown by describe()
+  }
   CPU_FREE(set);
 }
 
@@ -140,22 +154,30 @@ void Workers::wait_change(Gate& gate, uint32_t seen, int64_t spin_ns) const {
     const int64_t end = now_ns() + spin_ns;
     do {
       for (int i = 0; i < 32; ++i) {
-        if (gate.word.load(std::memory_order_acquire) != seen) return;
+        if (gate.word.load(std::memory_order_acquire) != seen) {
+          return;
+        }
         cpu_relax();
       }
     } while (now_ns() < end);
   }
   for (int i = 0; i < kYields; ++i) {
-    if (gate.word.load(std::memory_order_acquire) != seen) return;
+    if (gate.word.load(std::memory_order_acquire) != seen) {
+      return;
+    }
     sched_yield();
   }
   gate.sleepers.fetch_add(1);
-  while (gate.word.load() == seen) futex_wait(gate.word, seen);
+  while (gate.word.load() == seen) {
+    futex_wait(gate.word, seen);
+  }
   gate.sleepers.fetch_sub(1);
 }
 
 void Workers::wake(Gate& gate) {
-  if (gate.sleepers.load() != 0) futex_wake_all(gate.word);
+  if (gate.sleepers.load() != 0) {
+    futex_wake_all(gate.word);
+  }
 }
 
 void Workers::thread_main(int32_t worker) {
@@ -163,10 +185,14 @@ void Workers::thread_main(int32_t worker) {
   while (true) {
     wait_change(epoch_, seen, idle_spin_ns_);
     ++seen;  // a job ends only when every worker took part, so epochs are never skipped
-    if (stop_) return;
+    if (stop_) {
+      return;
+    }
     execute(worker);
     // The last one changes the word worker 0 waits for; it must not touch the job afterwards.
-    if (arrived_.word.fetch_sub(1) == 1) wake(arrived_);
+    if (arrived_.word.fetch_sub(1) == 1) {
+      wake(arrived_);
+    }
   }
 }
 
@@ -177,7 +203,9 @@ void Workers::execute(int32_t worker) noexcept {
   } catch (const Aborted&) {
     return;  // somebody else's failure is already stored
   } catch (...) {
-    if (!error_taken_.exchange(true)) error_ = std::current_exception();
+    if (!error_taken_.exchange(true)) {
+      error_ = std::current_exception();
+    }
   }
   aborted_.store(true);
   phase_.word.fetch_add(1);
@@ -196,7 +224,9 @@ void Workers::run(Job job, void* context) {
   execute(0);
   while (true) {
     const uint32_t left = arrived_.word.load(std::memory_order_acquire);
-    if (left == 0) break;
+    if (left == 0) {
+      break;
+    }
     wait_change(arrived_, left, barrier_spin_ns_);
   }
   if (aborted_.load()) {
@@ -210,11 +240,15 @@ void Workers::run(Job job, void* context) {
 }
 
 void Workers::barrier() {
-  if (num_threads_ == 1) return;
+  if (num_threads_ == 1) {
+    return;
+  }
   const uint32_t phase = phase_.word.load(std::memory_order_acquire);
   // Checked after reading the phase: a worker that aborts sets the flag before it bumps the phase,
   // so whoever read the bumped value sees the flag here instead of waiting for ever.
-  if (aborted_.load()) throw Aborted{};
+  if (aborted_.load()) {
+    throw Aborted{};
+  }
   const auto count = static_cast<uint32_t>(num_threads_);
   if (barrier_count_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
     barrier_count_.store(0, std::memory_order_relaxed);
@@ -223,7 +257,9 @@ void Workers::barrier() {
     return;
   }
   wait_change(phase_, phase, barrier_spin_ns_);
-  if (aborted_.load()) throw Aborted{};
+  if (aborted_.load()) {
+    throw Aborted{};
+  }
 }
 
 std::string Workers::describe() const {
@@ -234,7 +270,9 @@ std::string Workers::describe() const {
     const Range range = workers_of(node);
     text += "; node " + std::to_string(node) + ": workers " + std::to_string(range.first) + "-" +
             std::to_string(range.last - 1);
-    if (!pinned_) continue;
+    if (!pinned_) {
+      continue;
+    }
     text += " on cpus";
     for (int64_t w = range.first; w < range.last; ++w) {
       const int32_t cpu = cpus_[static_cast<size_t>(w)];
