@@ -19,7 +19,7 @@ from kt_async.engine.service import EngineService
 from kt_async.engine.types import GenerationRequest, SamplingParams
 from kt_async.errors import KtError
 from kt_async.ffi import lib, matrix
-from kt_async.ffi.host import query_host
+from kt_async.ffi.host import isa_number, query_host
 from kt_async.ffi.pool import Pool
 from kt_async.serve import Prepared, prepare
 from kt_async.weights.placement import place
@@ -53,7 +53,7 @@ def _cpu_info(config: Config) -> int:
     quota = "none" if host.cpu_quota is None else f"{host.cpu_quota:g} CPUs"
     _print(f"quota:      {quota}")
     _print(f"memory:     {gib(host.available_bytes)} available of {gib(host.total_bytes)}")
-    with Pool(num_threads=config.cpu_infer, isa=config.isa, pin=config.pin) as pool:
+    with Pool(num_threads=config.cpu_infer, isa=isa_number(config.isa), pin=config.pin) as pool:
         _print(f"pool:       {pool.describe()}")
         _print(f"bandwidth:  {pool.read_bandwidth(_BANDWIDTH_BYTES) * 1e-9:.1f} GB/s read")
     return 0
@@ -62,7 +62,7 @@ def _cpu_info(config: Config) -> int:
 def _plan(config: Config) -> int:
     ready = prepare(config)
     host = query_host()
-    with Pool(num_threads=ready.config.cpu_infer, isa=ready.config.isa) as pool:
+    with Pool(num_threads=ready.config.cpu_infer, isa=isa_number(ready.config.isa)) as pool:
         bandwidth = pool.read_bandwidth(_BANDWIDTH_BYTES)
     machine = PlanHost(
         ram_bytes=host.available_bytes, cpu_bytes_per_s=bandwidth, has_amx="amx" in host.isas
@@ -115,7 +115,7 @@ def _check_kernels() -> str:
     results = {}
     for isa in query_host().isas:
         with (
-            Pool(num_threads=1, isa=isa) as pool,
+            Pool(num_threads=1, isa=isa_number(isa)) as pool,
             matrix.Matrix(pool, GGMLQuantizationType.Q8_0, blocks, rows, cols) as weights,
         ):
             results[isa] = weights.multiply(x)

@@ -16,7 +16,7 @@ from kt_async.engine.memory import gib, plan_cpu_memory
 from kt_async.engine.runner import CpuLimits, CpuRunner
 from kt_async.engine.types import EngineInfo
 from kt_async.ffi import structs
-from kt_async.ffi.host import HostInfo
+from kt_async.ffi.host import HostInfo, isa_number
 from kt_async.ffi.pool import Pool
 from kt_async.ffi.scheduler import Scheduler
 from kt_async.model.spec import ModelSpec
@@ -91,7 +91,7 @@ def make_scheduler(config: Config) -> Scheduler:
 def load_cpu_runner(model: Model, config: Config, scheduler: Scheduler) -> CpuRunner:
     """Load the weights; takes as long as the disk needs."""
     begin = time.monotonic()
-    pool = Pool(num_threads=config.cpu_infer, isa=config.isa, pin=config.pin)
+    pool = Pool(num_threads=config.cpu_infer, isa=isa_number(config.isa), pin=config.pin)
     log.info("%s", pool.describe())
     layout = scheduler.layout
     limits = CpuLimits(

@@ -50,3 +50,8 @@ def query_host() -> HostInfo:
         available_bytes=info.available_bytes,
         cpu_name=info.cpu_name.decode(errors="replace"),
     )
+
+
+def isa_number(name: str) -> int:
+    """KT_ISA_x of a name in ISA_NAMES, or of "auto"."""
+    return structs.KT_ISA_AUTO if name == "auto" else ISA_NAMES.index(name)
