@@ -61,10 +61,10 @@ serve: native ## set everything up and serve the demo model on port 10002 (ARGS=
 	@echo "== starting the server: python -m kt_async $(ARGS)"
 	@$(PY) -m kt_async $(ARGS)
 
-test: setup-dev native ## every test that needs no GPU; skips are listed at the end
-	@$(PY) -m pytest -m "not gpu" $(ARGS)
+test: setup-dev native ## all tests of this machine but the slow ones; skips are listed at the end
+	@$(PY) -m pytest -m "not slow" $(ARGS)
 
-test-all: setup-dev native ## every test, GPU included
+test-all: setup-dev native ## every test, the slow ones too
 	@$(PY) -m pytest $(ARGS)
 
 native: check-tools setup ## build the native library into kt_async/ffi (incremental)
@@ -109,7 +109,7 @@ san: setup-dev ## the native tests under address and undefined-behaviour sanitiz
 	  cp -f build/libkt.plain.so kt_async/ffi/libkt.so; exit $$rc
 
 fuzz: setup-dev native ## random GGUF files, HTTP bodies and schedules, for longer than `make test`
-	@$(PY) -m pytest tests/fuzz -m "not gpu" --timeout 0 --hypothesis-profile=long $(ARGS)
+	@$(PY) -m pytest tests/fuzz --timeout 0 --hypothesis-profile=long $(ARGS)
 
 wheel: setup-dev ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps -w dist .
