@@ -36,6 +36,7 @@ _ENDINGS = frozenset(
         "[EOT]",
     }
 )
+_LONG_TEXT = 2048  # characters, about 1 ms
 _PADDING = re.compile(r"\[PAD\d+\]")
 
 
@@ -243,7 +244,12 @@ def bpe_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     """Return text -> ids over a tokenizers.Tokenizer without special tokens."""
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        # The batch call lets other Python threads run meanwhile, the plain one does not: 200 kB
+        # stopped them for 80 ms. It costs more for short texts.
+        if len(text) < _LONG_TEXT:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        else:
+            ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     return encode

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from kt_async.model.spec import ModelSpec, spec_from_gguf, spec_from_hf
+from kt_async.model.hf_config import spec_from_hf
+from kt_async.model.spec import ModelSpec, spec_from_gguf
 from kt_async.text.tokenizer import load_tokenizer
 from kt_async.weights.source import open_model
 from tests.reference import checkpoints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from kt_async.demo import DEMO_SPEC
 from kt_async.errors import ConfigError
-from kt_async.model.spec import ModelSpec, RopeSpec, spec_from_gguf, spec_from_hf
+from kt_async.model.hf_config import load_spec, spec_from_hf
+from kt_async.model.spec import ModelSpec, RopeSpec, spec_from_gguf
 from kt_async.model.synthetic import metadata_from_spec, random_tensors
 from kt_async.model.tensors import check_tensors, expected_tensors
 from kt_async.weights.source import TYPES, ModelFiles, TensorInfo, open_model
@@ -221,18 +223,21 @@ def test_qwen3_config() -> None:
     assert spec.rope.attn_factor == pytest.approx(0.1 * math.log(4) + 1)
 
 
-def test_configs_of_the_transformers_package() -> None:
-    transformers = pytest.importorskip("transformers")
-    qwen3 = transformers.Qwen3MoeConfig().to_dict()
-    assert spec_from_hf(qwen3).num_experts == 128
-    qwen2 = spec_from_hf(transformers.Qwen2MoeConfig().to_dict())
-    assert (qwen2.qkv_bias, qwen2.shared_intermediate_size) == (True, 5632)
-    v3 = spec_from_hf(transformers.DeepseekV3Config().to_dict())
-    assert (v3.scoring, v3.expert_groups, v3.expert_groups_used) == ("sigmoid", 8, 4)
-    assert (v3.head_dim, v3.v_head_dim, v3.q_lora_rank) == (192, 128, 1536)
-    assert sum(math.prod(shape) for shape in expected_tensors(v3).values()) == 671_026_419_200
-    v2 = spec_from_hf(transformers.DeepseekV2Config(num_experts_per_tok=6).to_dict())
-    assert (v2.scoring, v2.norm_topk, v2.expert_groups) == ("softmax", False, 0)
+def test_directory_overrides_what_the_file_says(tmp_path: Path) -> None:
+    files = files_of(DEMO_SPEC, rope__freq_base=5.0)
+    assert load_spec(files).rope.theta == 5.0
+    assert load_spec(files, tmp_path).rope.theta == 5.0  # no config.json there
+    del files.tensors["output.weight"]
+    config = QWEN3_30B | {"rope_theta": 7.0, "vocab_size": 9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = load_spec(files, tmp_path)
+    assert (spec.rope.theta, spec.name) == (7.0, tmp_path.name)
+    assert (spec.vocab_size, spec.tied_embeddings) == (DEMO_SPEC.vocab_size, True)
+    with pytest.raises(ConfigError, match="describes qwen3moe, but m.gguf holds qwen2moe"):
+        load_spec(files_of(QWEN2), tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"config\.json: holds list, expected an object"):
+        load_spec(files, tmp_path)
 
 
 @pytest.mark.parametrize(
