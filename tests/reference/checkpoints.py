@@ -26,6 +26,10 @@ from kt_async.weights.source import TYPE_IDS, open_model
 from kt_async.weights.writer import TensorData, write_gguf
 from tests.reference.quantize import dequantize, quantize
 
+# Two threads wait for each other far longer than models of this size compute, above all on a busy
+# machine: 700 tokens took 11.5 s with two, 0.35 s with one.
+torch.set_num_threads(1)
+
 Weights = dict[str, npt.NDArray[np.float32]]
 
 # Hidden sizes are multiples of 256, so that k-quants apply to every matrix. Even widths differ
