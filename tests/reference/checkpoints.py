@@ -15,22 +15,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from kt_async.demo import DEMO_SPEC
-from kt_async.model.spec import ModelSpec, spec_from_gguf
-from kt_async.model.synthetic import metadata_from_spec
+from kt_async.model.spec import ModelSpec, RopeSpec, spec_from_gguf
+from kt_async.model.synthetic import fitting_type, metadata_from_spec
 from kt_async.model.tensors import check_tensors, expected_tensors
 from kt_async.text.pretokenize import BYTES
 from kt_async.weights.source import TYPE_IDS, open_model
 from kt_async.weights.writer import TensorData, write_gguf
+from tests.reference.hf_names import Weights, hf_config, to_hf
 from tests.reference.quantize import dequantize, quantize
 
 # Two threads wait for each other far longer than models of this size compute, above all on a busy
 # machine: 700 tokens took 11.5 s with two, 0.35 s with one.
 torch.set_num_threads(1)
-
-Weights = dict[str, npt.NDArray[np.float32]]
 
 # Hidden sizes are multiples of 256, so that k-quants apply to every matrix. Even widths differ
 # from each other where they can, so that a swapped dimension shows.
@@ -51,6 +50,55 @@ QWEN2 = replace(
     norm_topk=False,
     num_shared_experts=1,
     shared_intermediate_size=512,
+)
+# DeepSeek V2-Lite's kind: direct queries, softmax over all experts, one joined attn_kv_b.
+DEEPSEEK2 = ModelSpec(
+    architecture="deepseek2",
+    name="deepseek2-test",
+    num_layers=3,
+    hidden_size=256,
+    vocab_size=512,
+    max_context=2048,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=96,
+    v_head_dim=128,
+    rms_eps=1e-6,
+    rope=RopeSpec(
+        theta=10000.0,
+        dim=32,
+        neox=False,
+        scaling="yarn",
+        factor=8.0,
+        original_context=256,
+        yarn_log_multiplier=0.1 * 0.707,
+    ),
+    intermediate_size=512,
+    num_experts=16,
+    top_k=4,
+    moe_intermediate_size=256,
+    num_shared_experts=2,
+    shared_intermediate_size=512,
+    num_dense_layers=1,
+    norm_topk=False,
+    kv_lora_rank=256,
+    nope_head_dim=64,
+    rope_head_dim=32,
+    extra={"router_bias": False, "absorbed": False},
+)
+# DeepSeek V3's: compressed queries, sigmoid scores with a selection bias, groups, absorbed file.
+DEEPSEEK3 = replace(
+    DEEPSEEK2,
+    name="deepseek3-test",
+    q_lora_rank=256,
+    scoring="sigmoid",
+    norm_topk=True,
+    expert_scale=2.5,
+    expert_groups=4,
+    expert_groups_used=2,
+    num_shared_experts=1,
+    shared_intermediate_size=256,
+    extra={"router_bias": True, "absorbed": True},
 )
 
 
@@ -92,6 +140,7 @@ def write_checkpoint(
         kind = type_name if isinstance(type_name, str) else type_name(name)
         if values.ndim == 1 or "ffn_gate_inp" in name:
             kind = "F32"
+        kind = fitting_type(kind, values.shape[-1])
         raw = np.ascontiguousarray(quantize(values, kind))
         tensors.append(TensorData(name, TYPE_IDS[kind], values.shape, [raw.data]))
     write_gguf(path, metadata_from_spec(spec) | _vocabulary(spec.vocab_size), tensors)
@@ -133,96 +182,11 @@ def exact_model(path: Path) -> Any:
 def hf_model(spec: ModelSpec, weights: Mapping[str, npt.NDArray[np.float32]]) -> Any:
     """Build the Hugging Face model (eval, eager attention) with the given GGUF-named weights."""
     model = AutoModelForCausalLM.from_config(
-        _config(spec), dtype=torch.float32, attn_implementation="eager"
+        hf_config(spec), dtype=torch.float32, attn_implementation="eager"
     )
     state = {name: torch.tensor(values) for name, values in to_hf(spec, weights).items()}
     model.load_state_dict(state, strict=True)
     return model.eval()
-
-
-def _config(spec: ModelSpec) -> Any:
-    common: dict[str, Any] = {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "max_position_embeddings": spec.max_context,
-        "rms_norm_eps": spec.rms_eps,
-        "tie_word_embeddings": spec.tied_embeddings,
-        "rope_parameters": _rope(spec),
-        "moe_intermediate_size": spec.moe_intermediate_size,
-        "num_experts": spec.num_experts,
-        "num_experts_per_tok": spec.top_k,
-        "norm_topk_prob": spec.norm_topk,
-        "experts_implementation": "eager",
-    }
-    if spec.architecture == "qwen3moe":
-        return Qwen3MoeConfig(**common)
-    if spec.architecture == "qwen2moe":
-        shared = spec.shared_intermediate_size
-        return Qwen2MoeConfig(**common, shared_expert_intermediate_size=shared)
-    raise ValueError(f"no reference for {spec.architecture}")
-
-
-def _rope(spec: ModelSpec) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_theta": spec.rope.theta, "rope_type": "default"}
-    if spec.rope.scaling != "none":
-        rope |= {"rope_type": spec.rope.scaling, "factor": spec.rope.factor}
-    if spec.rope.scaling == "yarn":
-        rope["original_max_position_embeddings"] = spec.rope.original_context
-    return rope
-
-
-# GGUF name inside a layer -> Hugging Face name; expert gate and up are joined by to_hf.
-_LAYER = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_q.bias": "self_attn.q_proj.bias",
-    "attn_k.bias": "self_attn.k_proj.bias",
-    "attn_v.bias": "self_attn.v_proj.bias",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "attn_q_norm.weight": "self_attn.q_norm.weight",
-    "attn_k_norm.weight": "self_attn.k_norm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate_inp.weight": "mlp.gate.weight",
-    "ffn_down_exps.weight": "mlp.experts.down_proj",
-    "ffn_gate_shexp.weight": "mlp.shared_expert.gate_proj.weight",
-    "ffn_up_shexp.weight": "mlp.shared_expert.up_proj.weight",
-    "ffn_down_shexp.weight": "mlp.shared_expert.down_proj.weight",
-    "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
-}
-_OUTER = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-
-
-def to_hf(spec: ModelSpec, weights: Mapping[str, npt.NDArray[np.float32]]) -> Weights:
-    """Rename GGUF weights to the transformers package's state dict. No weight is permuted: these
-    families rotate half-split pairs in both worlds."""
-    result: Weights = {}
-    for name, values in weights.items():
-        if name in _OUTER:
-            result[_OUTER[name]] = values
-            continue
-        _, layer, part = name.split(".", 2)
-        prefix = f"model.layers.{layer}."
-        if part == "ffn_gate_exps.weight":
-            up = weights[f"blk.{layer}.ffn_up_exps.weight"]
-            result[f"{prefix}mlp.experts.gate_up_proj"] = np.concatenate([values, up], 1)
-        elif part == "ffn_gate_inp_shexp.weight":
-            result[prefix + _LAYER[part]] = values.reshape(1, -1)
-        elif part != "ffn_up_exps.weight":
-            result[prefix + _LAYER[part]] = values
-    if spec.tied_embeddings:
-        result["lm_head.weight"] = weights["token_embd.weight"]
-    return result
 
 
 def hf_logprobs(model: Any, ids: Sequence[int]) -> npt.NDArray[np.float64]:
