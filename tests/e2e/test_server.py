@@ -110,13 +110,11 @@ def test_full_queue_answers_429(make_server: Callable[..., Server]) -> None:
 
 def test_sigterm_finishes_running_requests(make_server: Callable[..., Server]) -> None:
     server = make_server()
-    stream = open_stream(server, 300)
-    server.process.send_signal(signal.SIGTERM)
     received = b""
-    while chunk := stream.recv(65536):
-        received += chunk
-        if b"[DONE]" in received:
-            break
+    with open_stream(server, 300) as stream:
+        server.process.send_signal(signal.SIGTERM)
+        while b"[DONE]" not in received and (chunk := stream.recv(65536)):
+            received += chunk
     assert b"[DONE]" in received
     assert server.process.wait(30) == 0, server.log.read_text()
 
@@ -143,7 +141,7 @@ def run_cli(*flags: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"not a gguf file at all, certainly not", "magic"), (b"GGUF\x03\0\0\0", "truncated")],
+    [(b"not a gguf file at all, certainly not", "not a GGUF"), (b"GGUF\x03\0\0\0", "truncated")],
 )
 def test_a_broken_file_is_one_sentence(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "broken.gguf"
