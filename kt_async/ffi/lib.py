@@ -74,7 +74,9 @@ def load() -> ctypes.CDLL:
         )
     library = ctypes.CDLL(str(LIBRARY_PATH))
     for name, argtypes in _SIGNATURES.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            continue
         function.argtypes = argtypes
         function.restype = _RETURNS.get(name, _I32)
     version = library.kt_abi_version()
