@@ -1,11 +1,16 @@
 // Entry points for tensor types and single packed matrices (tests, benchmarks,
 // kt_experts_multiply).
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
 
 #include "abi/matrix_handle.h"
 #include "base/error.h"
+#include "host/features.h"
 #include "kernels/pack_tensor.h"
 
 namespace kt {
@@ -49,6 +54,26 @@ void multiply_into(const MatrixKernels& kernels, const Matrix& w, int32_t expert
   }
 }
 
+// 64-byte aligned memory for one call; not an Arena, whose fresh pages would cost more than the
+// work.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes)
+      : data_(static_cast<uint8_t*>(
+            std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)))) {
+    if (data_ == nullptr) {
+      throw std::bad_alloc();
+    }
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  uint8_t* get() const { return data_; }
+
+ private:
+  uint8_t* data_;
+};
+
 void multiply(const kt_matrix& matrix, int32_t expert, const float* x, int32_t num_rows,
               float* out) {
   const Matrix& w = matrix.view;
@@ -56,10 +81,12 @@ void multiply(const kt_matrix& matrix, int32_t expert, const float* x, int32_t n
   const MatrixKernels& kernels = *matrix_kernels(workers.isa());
   const int64_t stride = act_row_bytes(w.act, w.cols);
   const int64_t scratch_bytes = (multiply_scratch_bytes(w.cols) + 63) / 64 * 64;
-  Arena memory;
-  uint8_t* acts = memory.allocate(stride * num_rows);
-  uint8_t* scratch = memory.allocate(scratch_bytes * workers.num_threads());
-  float* partial = memory.allocate_array<float>(int64_t{kBandRows} * num_rows);
+  const Buffer act_memory(stride * num_rows);
+  const Buffer scratch_memory(scratch_bytes * workers.num_threads());
+  const Buffer partial_memory(int64_t{kBandRows} * num_rows * 4);
+  uint8_t* acts = act_memory.get();
+  uint8_t* scratch = scratch_memory.get();
+  auto* partial = reinterpret_cast<float*>(partial_memory.get());
   workers.for_each([&](int32_t worker) {
     const Range rows = split(num_rows, worker, workers.num_threads());
     for (int64_t i = rows.first; i < rows.last; ++i) {
@@ -72,6 +99,24 @@ void multiply(const kt_matrix& matrix, int32_t expert, const float* x, int32_t n
                     scratch + worker * scratch_bytes);
     }
   });
+}
+
+double peak_rate(Workers& workers, int32_t kind) {
+  const MatrixKernels& kernels = *matrix_kernels(workers.isa());
+  if (kernels.peak(kind, 1) == 0) {
+    constexpr const char* kNames[] = {"integer", "bf16", "f32"};
+    fail_unsupported(std::string(isa_name(workers.isa())) + " has no " + kNames[kind] +
+                     " multiply-add instruction");
+  }
+  double best = 0;
+  for (int pass = 0; pass < 5; ++pass) {
+    std::atomic<int64_t> count{0};
+    const auto start = std::chrono::steady_clock::now();
+    workers.for_each([&](int32_t) { count += kernels.peak(kind, 1000000); });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, static_cast<double>(count) / seconds.count());
+  }
+  return best;
 }
 
 }  // namespace
@@ -178,6 +223,18 @@ int32_t kt_matrix_multiply(const kt_matrix* matrix, int32_t expert, const float*
     kt::require_handle(x, "x");
     kt::require_handle(out, "out");
     kt::multiply(*matrix, expert, x, num_rows, out);
+    return KT_OK;
+  });
+}
+
+int32_t kt_bench_peak(kt_pool* pool, int32_t kind, double* macs_per_second) {
+  return kt::guard([&] {
+    kt::require_handle(pool, "pool");
+    kt::require_handle(macs_per_second, "macs_per_second");
+    if (kind < 0 || kind > 2) {
+      kt::fail_argument("kind is " + std::to_string(kind) + ", allowed is 0 .. 2");
+    }
+    *macs_per_second = kt::peak_rate(pool->workers, kind);
     return KT_OK;
   });
 }

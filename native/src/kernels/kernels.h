@@ -59,6 +59,10 @@ struct MatrixKernels {
   void (*multiply_band)(const Matrix& w, int32_t expert, int32_t band, const uint8_t* acts,
                         int64_t act_stride, const int32_t* rows, int32_t m, float* out,
                         int64_t out_stride, void* scratch);
+  // Runs `rounds` rounds of independent multiply-adds in registers, with the widest integer
+  // (kind 0), bf16 (1) or f32 (2) instruction; returns how many multiply-adds that were, 0 when the
+  // ISA has no such instruction. For kt_bench_peak.
+  int64_t (*peak)(int32_t kind, int64_t rounds);
 };
 
 // nullptr when this build lacks the ISA. Whether the CPU allows it is host/features.h's business.

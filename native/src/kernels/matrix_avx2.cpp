@@ -8,6 +8,8 @@
 #include "kernels/kernels.h"
 #include "kernels/layout.h"
 
+#define KT_HAS_BF16 0
+
 namespace kt {
 namespace {
 
@@ -143,7 +145,7 @@ struct V {
 
 #include "kernels/matrix_simd.inl"
 
-constexpr MatrixKernels kKernels = {1, prepare, multiply_band};
+constexpr MatrixKernels kKernels = {1, prepare, multiply_band, peak};
 
 }  // namespace
 

@@ -9,6 +9,7 @@
 #include "kernels/layout.h"
 
 #define KT_HAS_VNNI 0
+#define KT_HAS_BF16 0
 
 namespace kt {
 namespace {
@@ -17,7 +18,7 @@ namespace {
 // The algorithm needs V.
 #include "kernels/matrix_simd.inl"
 
-constexpr MatrixKernels kKernels = {2, prepare, multiply_band};
+constexpr MatrixKernels kKernels = {2, prepare, multiply_band, peak};
 
 }  // namespace
 

@@ -69,10 +69,24 @@ void prepare(ActKind kind, const float* x, int32_t cols, int32_t first, int32_t 
 // With kMax = 255 (8-bit weights) the lines are unsigned with offset 128 when V::kDotU8 (u8 x s8
 // dot products do not saturate), plain signed otherwise.
 
-constexpr int kPrefetch = 4096;  // bytes ahead; 0, 1, 2 and 8 KB were slower (bench/kernels.py)
+// How far ahead of its use a weight line is asked for, and into the L2 cache: a prefetch into L1
+// holds one of the few L1 miss buffers until DRAM answers, which caps a core at half its rate.
+// The distances were measured on a Zen 4 core streaming 96 MiB (GB/s of 31 a plain read reaches):
+// 8 KiB gives Q4_K 23..29, Q6_K 26..29, Q8_0 23..26, BF16 25..28 for 1, 2, 4 rows; 0 .. 4 KiB give
+// half of that from 2 rows on. A single row of a format with one stream of lines does a little
+// better (26..30) with 1 KiB, because the hardware's own prefetcher then keeps up.
+template <class Format, int M>
+constexpr int kAhead = M == 1 && !Format::kGroup16 ? 1024 : 8192;
 
+constexpr int block_step(int32_t type) { return static_cast<int>(tile_bytes(type) / 8); }
+
+template <int kLines>
 inline void prefetch(const uint8_t* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetch), _MM_HINT_T0);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLines; ++i) {
+    // gcc 12 drops the intrinsic from the loops of Q4_K and Q5_K.
+    asm volatile("prefetcht1 %0" : : "m"(p[64 * i]));
+  }
 }
 
 template <bool kGroup, bool kHasMin, int kLargest, int kAdded>
@@ -93,7 +107,6 @@ using Any8 = Traits<true, true, 255, 128>;  // what decode_block gives: any type
 inline void split_nibbles(const uint8_t* line, V::I* lo, V::I* hi) {
   const V::I x = V::load(line);
   const V::I mask = V::set8(15);
-  prefetch(line);
   *lo = V::and_(x, mask);
   *hi = V::and_(V::srl16<4>(x), mask);
 }
@@ -128,19 +141,14 @@ constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
 constexpr int8_t kMxfp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 struct Q8_0 : Signed8 {
+  static constexpr int kStep = block_step(kQ8_0);
   const uint8_t* tile;
   const uint8_t* d;
   Q8_0(const uint8_t* at, const uint8_t*, int nb, int half)
-      : tile(at + half * 32), d(at + nb * 512 + half * 16) {
-    for (int i = 0; i < nb * 32; i += 64) {
-      prefetch(at + nb * 512 + i);
-    }
-  }
+      : tile(at + half * 32), d(at + nb * 512 + half * 16) {}
   template <int kJ>
   void pair(int b, V::I* lo, V::I* hi) const {
     const uint8_t* line = tile + b * 512 + kJ * 128;
-    prefetch(line);
-    prefetch(line + 64);
     *lo = V::load(line);
     *hi = V::load(line + 64);
     if constexpr (V::kDotU8) {
@@ -159,45 +167,40 @@ struct Nibbles : T {
   const uint8_t* d;
   int blocks;
   Nibbles(const uint8_t* at, const uint8_t*, int nb, int half)
-      : tile(at + half * 32), d(at + nb * kD + half * 16), blocks(nb) {
-    for (int i = 0; i < nb * 32; i += 64) {
-      prefetch(at + nb * kD + i);
-    }
-  }
+      : tile(at + half * 32), d(at + nb * kD + half * 16), blocks(nb) {}
   V::F scale(int b) const { return V::halves(d + b * 32); }
   V::F min(int b) const { return V::mul(V::halves(d + blocks * 32 + b * 32), V::set_f(-1.0f)); }
 };
 
-template <class T>
+template <class T, int32_t kType>
 struct Q4 : Nibbles<T, 256> {
+  static constexpr int kStep = block_step(kType);
   using Nibbles<T, 256>::Nibbles;
   template <int kJ>
   void pair(int b, V::I* lo, V::I* hi) const {
     split_nibbles(this->tile + b * 256 + kJ * 64, lo, hi);
   }
 };
-using Q4_0 = Q4<Offset4>;
-using Q4_1 = Q4<Unsigned4>;
+using Q4_0 = Q4<Offset4, kQ4_0>;
+using Q4_1 = Q4<Unsigned4, kQ4_1>;
 
-template <class T>
+template <class T, int32_t kType>
 struct Q5 : Nibbles<T, 320> {
+  static constexpr int kStep = block_step(kType);
   const uint8_t* top;
   Q5(const uint8_t* at, const uint8_t* halves, int nb, int half)
-      : Nibbles<T, 320>(at, halves, nb, half), top(at + nb * 256 + half * 32) {
-    for (int i = 0; i < nb * 64; i += 64) {
-      prefetch(at + nb * 256 + i);
-    }
-  }
+      : Nibbles<T, 320>(at, halves, nb, half), top(at + nb * 256 + half * 32) {}
   template <int kJ>
   void pair(int b, V::I* lo, V::I* hi) const {
     split_nibbles(this->tile + b * 256 + kJ * 64, lo, hi);
     add_top_bits<kJ>(V::load(top + b * 64), lo, hi);
   }
 };
-using Q5_0 = Q5<Offset5>;
-using Q5_1 = Q5<Unsigned5>;
+using Q5_0 = Q5<Offset5, kQ5_0>;
+using Q5_1 = Q5<Unsigned5, kQ5_1>;
 
 struct IQ4_NL : Nibbles<Signed8, 256> {
+  static constexpr int kStep = block_step(kIQ4_NL);
   V::I values;
   IQ4_NL(const uint8_t* at, const uint8_t* halves, int nb, int half)
       : Nibbles(at, halves, nb, half), values(table(kIq4Values, V::kDotU8 ? 128 : 0)) {}
@@ -210,6 +213,7 @@ struct IQ4_NL : Nibbles<Signed8, 256> {
 };
 
 struct IQ4_XS : Signed8 {
+  static constexpr int kStep = block_step(kIQ4_XS);
   const uint8_t* tile;
   const uint8_t* low;
   const uint8_t* high;
@@ -220,10 +224,7 @@ struct IQ4_XS : Signed8 {
         low(at + 2048 + half * 8),
         high(at + 2144 + half * 16),
         d(V::halves(at + 2112 + half * 16)),
-        values(table(kIq4Values, V::kDotU8 ? 128 : 0)) {
-    prefetch(at + 2048);
-    prefetch(at + 2112);
-  }
+        values(table(kIq4Values, V::kDotU8 ? 128 : 0)) {}
   template <int kJ>
   void pair(int b, V::I* lo, V::I* hi) const {
     split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
@@ -240,15 +241,12 @@ struct IQ4_XS : Signed8 {
 };
 
 struct MXFP4 : Offset5 {  // values -12..12 stored as 4..28
+  static constexpr int kStep = block_step(kMXFP4);
   const uint8_t* tile;
   const uint8_t* e;
   V::I values;
   MXFP4(const uint8_t* at, const uint8_t*, int nb, int half)
-      : tile(at + half * 32), e(at + nb * 256 + half * 8), values(table(kMxfp4Values, 16)) {
-    for (int i = 0; i < nb * 16; i += 64) {
-      prefetch(at + nb * 256 + i);
-    }
-  }
+      : tile(at + half * 32), e(at + nb * 256 + half * 8), values(table(kMxfp4Values, 16)) {}
   template <int kJ>
   void pair(int b, V::I* lo, V::I* hi) const {
     split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
@@ -266,9 +264,6 @@ struct KScales {
   V::F d, dmin;
   KScales(const uint8_t* planes, int half)
       : d(V::halves(planes + 192 + half * 16)), dmin(V::halves(planes + 224 + half * 16)) {
-    for (int i = 0; i < 256; i += 64) {
-      prefetch(planes + i);
-    }
     const V::I six = V::set8(63), four = V::set8(15), top = V::set8(0x30);
     for (int i = 0; i < 64; i += V::kBytes) {  // four planes at a time
       const V::I a = V::load(planes + i);
@@ -287,6 +282,7 @@ struct KScales {
 };
 
 struct Q4_K : Unsigned4 {
+  static constexpr int kStep = block_step(kQ4_K);
   const uint8_t* tile;
   KScales scales;
   Q4_K(const uint8_t* at, const uint8_t*, int, int half)
@@ -300,6 +296,7 @@ struct Q4_K : Unsigned4 {
 };
 
 struct Q5_K : Unsigned5 {
+  static constexpr int kStep = block_step(kQ5_K);
   const uint8_t* tile;
   KScales scales;
   Q5_K(const uint8_t* at, const uint8_t*, int, int half)
@@ -308,9 +305,6 @@ struct Q5_K : Unsigned5 {
   void pair(int b, V::I* lo, V::I* hi) const {
     split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
     const uint8_t* bits = tile + 2048 + b * 64;
-    if constexpr (kJ == 0) {
-      prefetch(bits);
-    }
     add_top_bits<kJ>(V::load(bits), lo, hi);
   }
   V::F scale(int b) const { return scales.scale(b); }
@@ -318,15 +312,12 @@ struct Q5_K : Unsigned5 {
 };
 
 struct Q6_K : Offset6 {
+  static constexpr int kStep = block_step(kQ6_K);
   const uint8_t* tile;
   const uint8_t* bytes;
   V::F d;
   Q6_K(const uint8_t* at, const uint8_t* halves, int, int half)
-      : tile(at + half * 32), bytes(at + 3072 + half * 8), d(V::halves(halves + half * 16)) {
-    for (int i = 0; i < 256; i += 64) {
-      prefetch(at + 3072 + i);
-    }
-  }
+      : tile(at + half * 32), bytes(at + 3072 + half * 8), d(V::halves(halves + half * 16)) {}
   template <int kJ>
   void pair(int b, V::I* lo, V::I* hi) const {
     split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
@@ -334,7 +325,6 @@ struct Q6_K : Offset6 {
     const V::I bits = V::load(line);
     const V::I mask = V::set8(0x30);
     if constexpr (kJ % 2 == 0) {
-      prefetch(line);
       *lo = V::or_masked(*lo, V::sll16<4>(bits), mask);
       *hi = V::or_masked(*hi, V::sll16<2>(bits), mask);
     } else {
@@ -356,6 +346,7 @@ struct alignas(64) DecodedTile {
 
 template <class T>
 struct FromMemory : T {
+  static constexpr int kStep = 0;  // already in L1
   const uint8_t* lines;
   const float* scales;
   const float* mins;
@@ -395,6 +386,9 @@ void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedT
     const Format format(at, halves, nb, half);
     constexpr int kPerBlock = Format::kGroup16 ? 2 : 1;
     for (int b = 0; b < nb; ++b) {
+      if (half == 0) {
+        prefetch<(Format::kStep + 63) / 64>(at + kAhead<Format, 8> + b * Format::kStep);
+      }
       decode_pairs(format, b, &tile->lines[8 * b][0] + half * 32);
       for (int i = b * kPerBlock; i < (b + 1) * kPerBlock; ++i) {
         V::store_f(&tile->scale[i][half * 8], format.scale(i));
@@ -420,6 +414,7 @@ struct Dots {
   // off: start value addresses; each is an int32 of the activation row.
   void start(const uint8_t* const* x, int64_t off) {
     constexpr bool kStartsAtZero = T::kOffset == 0 || (T::kMax == 255 && !kNative);
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       if constexpr (kStartsAtZero) {
         sum[i] = V::zero_i();
@@ -435,6 +430,7 @@ struct Dots {
   // kIndex: how many lines of this run of columns came before.
   template <int kIndex>
   void add(const uint8_t* const* x, int64_t at, V::I weights) {
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       const V::I values = V::repeat32(x[i] + at);
       if constexpr (kNative) {
@@ -455,12 +451,16 @@ struct Dots {
   }
 };
 
-// Adds nb blocks (first: their index in the row) to the totals of M rows.
+// Adds nb blocks (first: their index in the row) to the totals of M rows. ahead: what to prefetch
+// meanwhile, as many bytes as the tile has; or nullptr.
 template <int M, class Format>
 inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int64_t first,
                                                     const uint8_t* const* x, const ActLayout& at,
-                                                    V::F* total) {
+                                                    const uint8_t* ahead, V::F* total) {
   for (int b = 0; b < nb; ++b) {
+    if (Format::kStep != 0 && ahead != nullptr) {
+      prefetch<(Format::kStep + 63) / 64>(ahead + b * Format::kStep);
+    }
     const int64_t q = 32 * (first + b);
     const int64_t meta = 4 * (first + b);
     Dots<Format, M> dots;
@@ -475,6 +475,7 @@ inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int
       dots.template add<2>(x, q + 8, lo);
       dots.template add<3>(x, q + 12, hi);
       V::F scale = w.scale(2 * b);
+#pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
         part[i] = V::mul(V::to_float(dots.sum[i]), scale);
       }
@@ -486,12 +487,14 @@ inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int
       dots.template add<2>(x, q + 24, lo);
       dots.template add<3>(x, q + 28, hi);
       scale = w.scale(2 * b + 1);
+#pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
         part[i] = V::fma(V::to_float(dots.sum[i]), scale, part[i]);
         total[i] = V::fma(part[i], V::repeat_f(x[i] + at.scale + meta), total[i]);
       }
       if constexpr (Format::kMin) {
         const V::F min0 = w.min(2 * b), min1 = w.min(2 * b + 1);
+#pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
           total[i] = V::fnma(min0, V::repeat_f(x[i] + at.sum16 + 2 * meta), total[i]);
           total[i] = V::fnma(min1, V::repeat_f(x[i] + at.sum16 + 2 * meta + 4), total[i]);
@@ -512,12 +515,14 @@ inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int
       dots.template add<6>(x, q + 24, lo);
       dots.template add<7>(x, q + 28, hi);
       const V::F scale = w.scale(b);
+#pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
         total[i] = V::fma(V::to_float(dots.sum[i]),
                           V::mul(scale, V::repeat_f(x[i] + at.scale + meta)), total[i]);
       }
       if constexpr (Format::kMin) {
         const V::F min = w.min(b);
+#pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
           total[i] = V::fnma(min, V::repeat_f(x[i] + at.sum + meta), total[i]);
         }
@@ -552,6 +557,7 @@ struct BandJob {
 // Rows [first, first + count) of the job, count <= M: spare lanes repeat the last row.
 template <int M>
 inline void gather_rows(const BandJob& job, int32_t first, int32_t count, const uint8_t** x) {
+#pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
     x[i] = job.act(first + (i < count ? i : count - 1));
   }
@@ -565,19 +571,22 @@ __attribute__((noinline)) void few_rows(const BandJob& job) {
   const uint8_t* x[M];
   gather_rows<M>(job, 0, job.m, x);
   V::F total[16 / V::kRows][M];
-  for (auto& half : total) {
-    for (V::F& value : half) {
-      value = V::zero();
+  for (int half = 0; half < 16 / V::kRows; ++half) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      total[half][i] = V::zero();
     }
   }
   for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
     for (int half = 0; half < 16 / V::kRows; ++half) {
       const int nb = job.tile_blocks(tile);
       const Format format(tiles + tile * step, job.band + tile * 32, nb, half);
-      add_tile<M>(format, nb, 8 * tile, x, at, total[half]);
+      const uint8_t* ahead = half == 0 ? tiles + tile * step + kAhead<Format, M> : nullptr;
+      add_tile<M>(format, nb, 8 * tile, x, at, ahead, total[half]);
     }
   }
   for (int half = 0; half < 16 / V::kRows; ++half) {
+#pragma GCC unroll 16
     for (int i = 0; i < M && i < job.m; ++i) {
       V::store_f(job.out + i * job.out_stride + half * 8, total[half][i]);
     }
@@ -595,10 +604,12 @@ __attribute__((noinline)) void add_decoded(const BandJob& job, const DecodedTile
     const FromMemory<T> format(decoded, half);
     float* out = job.out + first * job.out_stride + half * 8;
     V::F total[M];
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       total[i] = tile == 0 || i >= count ? V::zero() : V::load_f(out + i * job.out_stride);
     }
-    add_tile<M>(format, job.tile_blocks(tile), 8 * tile, x, at, total);
+    add_tile<M>(format, job.tile_blocks(tile), 8 * tile, x, at, nullptr, total);
+#pragma GCC unroll 16
     for (int i = 0; i < M && i < count; ++i) {
       V::store_f(out + i * job.out_stride, total[i]);
     }
@@ -687,6 +698,7 @@ void multiply_gguf(const BandJob& job) {
 // Two chains of fused multiply-adds, even and odd columns, added at the end.
 
 struct PairsF32 {
+  static constexpr bool kGroup16 = false;
   static constexpr int kBytes = 128;  // of two columns
   static void load(const uint8_t* p, V::F* even, V::F* odd) {
     *even = V::load_f(reinterpret_cast<const float*>(p));
@@ -696,6 +708,7 @@ struct PairsF32 {
   static constexpr int kHalf = 32;
 };
 struct PairsF16 {
+  static constexpr bool kGroup16 = false;
   static constexpr int kBytes = 64;
   static void load(const uint8_t* p, V::F* even, V::F* odd) {
     *even = V::halves(p);
@@ -705,6 +718,7 @@ struct PairsF16 {
   static constexpr int kHalf = 16;
 };
 struct PairsBF16 {
+  static constexpr bool kGroup16 = false;
   static constexpr int kBytes = 64;
   static void load(const uint8_t* p, V::F* even, V::F* odd) {
     const V::I x = V::load(p);
@@ -722,6 +736,7 @@ __attribute__((noinline)) void float_rows(const BandJob& job, int32_t first, int
   for (int half = 0; half < 16 / V::kRows; ++half) {
     const uint8_t* p = job.band + half * Pairs::kHalf;
     V::F even[M], odd[M];
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       even[i] = odd[i] = V::zero();
     }
@@ -730,11 +745,9 @@ __attribute__((noinline)) void float_rows(const BandJob& job, int32_t first, int
 #pragma GCC unroll 2
     for (; k < end; k += 8, p += Pairs::kBytes) {
       V::F w0, w1;
-      prefetch(p);
-      if constexpr (Pairs::kBytes == 128) {
-        prefetch(p + 64);
-      }
+      prefetch<Pairs::kBytes / 64>(p + kAhead<Pairs, M>);
       Pairs::load(p, &w0, &w1);
+#pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
         even[i] = V::fma(w0, V::repeat_f(x[i] + k), even[i]);
         odd[i] = V::fma(w1, V::repeat_f(x[i] + k + 4), odd[i]);
@@ -742,10 +755,12 @@ __attribute__((noinline)) void float_rows(const BandJob& job, int32_t first, int
     }
     if ((job.w->cols & 1) != 0) {
       const V::F w0 = Pairs::last(p);
+#pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
         even[i] = V::fma(w0, V::repeat_f(x[i] + k), even[i]);
       }
     }
+#pragma GCC unroll 16
     for (int i = 0; i < M && i < count; ++i) {
       V::store_f(job.out + (first + i) * job.out_stride + half * 8, V::add(even[i], odd[i]));
     }
@@ -809,4 +824,52 @@ void multiply_band(const Matrix& w, int32_t expert, int32_t band, const uint8_t*
                    int64_t act_stride, const int32_t* rows, int32_t m, float* out,
                    int64_t out_stride, void* scratch) {
   multiply_job({&w, band_at(w, expert, band), acts, act_stride, rows, m, out, out_stride, scratch});
+}
+
+// ---- peak rate ----
+
+// 12 chains hide the latency of any multiply-add with two units; the barriers keep the compiler
+// from moving the work out of the loop.
+template <class Register, class Step>
+int64_t chains(int64_t rounds, Register start, Register operand, Step step) {
+  constexpr int kChains = 12;
+  Register sum[kChains];
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) {
+    sum[i] = start;
+  }
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      asm volatile("" : "+v"(operand));
+      sum[i] = step(sum[i], operand);
+      asm volatile("" : "+v"(sum[i]));
+    }
+  }
+  return rounds * kChains;
+}
+
+int64_t peak(int32_t kind, int64_t rounds) {
+  if (kind == 0) {
+    return 4 * V::kRows * chains(rounds, V::zero_i(), V::set8(3), [](V::I sum, V::I x) {
+             if constexpr (V::kDotU8) {
+               return V::dot_u8(sum, x, x);
+             } else {
+               return V::add32(sum, V::pairs32(V::dot16_u8(x, x)));
+             }
+           });
+  }
+#if KT_HAS_BF16
+  if (kind == 1) {
+    return 2 * V::kRows * chains(rounds, V::zero(), V::set_f(0.5f), [](V::F sum, V::F x) {
+             const auto pairs = reinterpret_cast<__m512bh>(x);
+             return _mm512_dpbf16_ps(sum, pairs, pairs);
+           });
+  }
+#endif
+  if (kind != 2) {
+    return 0;
+  }
+  return V::kRows * chains(rounds, V::zero(), V::set_f(0.5f),
+                           [](V::F sum, V::F x) { return V::fma(x, x, sum); });
 }
