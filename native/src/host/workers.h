@@ -17,6 +17,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -106,4 +107,7 @@ class Workers {
 struct kt_pool {
   explicit kt_pool(const kt_pool_config& config) : workers(config) {}
   kt::Workers workers;
+  // Work area of kt_experts_multiply, kept between calls; its type is that file's business.
+  std::shared_ptr<void> expert_memory;
+  std::mutex expert_lock;
 };
