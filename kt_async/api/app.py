@@ -46,6 +46,7 @@ def make_app(
     app.add_routes(openai.routes())
     app.add_routes(ops.routes())
     app.on_response_prepare.append(_add_headers)
+    app.on_cleanup.append(_clean_up)
     return app
 
 
@@ -146,6 +147,10 @@ def origin_allowed(origin: str, allowed: Sequence[str]) -> bool:
             if origin == pattern[:-2] or (host == pattern[:-2] and port.isdecimal()):
                 return True
     return False
+
+
+async def _clean_up(app: web.Application) -> None:
+    app[STATE].executor.shutdown(wait=False, cancel_futures=True)
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:

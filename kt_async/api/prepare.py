@@ -149,7 +149,7 @@ async def _encode(state: ApiState, text: str) -> list[int]:
         ids = tokenizer.encode(text)
     else:
         loop = asyncio.get_running_loop()
-        ids = await loop.run_in_executor(None, tokenizer.encode, text)
+        ids = await loop.run_in_executor(state.executor, tokenizer.encode, text)
     # Templates mostly write the BOS themselves; it must be there once.
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids = [tokenizer.bos_id, *ids]

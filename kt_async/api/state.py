@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
@@ -62,6 +63,8 @@ class ApiState:
         self.template = template
         self.settings = settings
         self.metrics = Metrics(engine.stats)
+        # Long prompts only; few threads, because they compete with the expert workers.
+        self.executor = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self.draining = False
         self.running: dict[str, Run] = {}
         self._idle = asyncio.Event()
