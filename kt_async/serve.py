@@ -27,7 +27,7 @@ from kt_async.engine.service import EngineService
 from kt_async.errors import ConfigError
 from kt_async.ffi.host import query_host
 from kt_async.model import FORWARDS
-from kt_async.model.spec import spec_from_gguf
+from kt_async.model.hf_config import load_spec
 from kt_async.model.tensors import check_tensors
 from kt_async.resolve import HostFacts, ModelFacts, resolve
 from kt_async.text.template import ChatTemplate, load_template
@@ -56,14 +56,14 @@ def prepare(raw: Config) -> Prepared:
     """Open the model, resolve the settings, build the text tools. Raises ConfigError."""
     path = Path(raw.gguf_path) if raw.gguf_path else demo_model_path()
     files = open_model(path)
-    spec = spec_from_gguf(files)
+    model_path = Path(raw.model_path) if raw.model_path else None
+    spec = load_spec(files, model_path)
     if spec.architecture not in FORWARDS:
         raise ConfigError(
             f"{files.path}: architecture {spec.architecture} is not served; "
             f"supported are {', '.join(sorted(FORWARDS))}"
         )
     check_tensors(spec, files)
-    model_path = Path(raw.model_path) if raw.model_path else None
     tokenizer = load_tokenizer(files, model_path)
     template_file = Path(raw.chat_template) if raw.chat_template else None
     template = load_template(files, tokenizer, model_path, template_file)

@@ -24,7 +24,9 @@ from kt_async.weights.source import open_model
 from kt_async.weights.writer import TensorData, write_gguf
 
 LIMITS = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=max(300, settings.default.max_examples),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
