@@ -81,8 +81,7 @@ _LLAMA = _Family((_LLAMA3,), whole_words=True)
 _PLAIN = _Family((_GPT2,))
 _FAMILIES: dict[str, _Family] = {
     "qwen2": _QWEN,
-    "deepseek-r1-qwen": _QWEN,
-    "megrez": _QWEN,
+    "deepseek-r1-qwen": _Family((_QWEN2,)),
     "qwen35": _Family((_QWEN35,), nfc=True),
     "deepseek-llm": _Family(_DEEPSEEK),
     "deepseek-coder": _Family(_DEEPSEEK_CODER),
