@@ -41,7 +41,7 @@ define install
 	  "cmake", "ninja", sep="\n")' > $(VENV)/wanted.txt
 	@cat $(VENV)/wanted.txt .ci/constraints.txt | cmp -s - $@ || { \
 	  echo "== installing packages into $(VENV) (torch is large; needed once)"; \
-	  $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on \
+	  $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on \
 	  -r $(VENV)/wanted.txt -c .ci/constraints.txt; }
 	@cat $(VENV)/wanted.txt .ci/constraints.txt > $@
 endef
@@ -59,7 +59,7 @@ check-tools:
 
 serve: native ## set everything up and serve the demo model on port 10002 (ARGS="model.gguf ...")
 	@echo "== starting the server: python -m kt_async $(ARGS)"
-	@$(PY) -m kt_async $(ARGS)
+	@exec env $(PY) -m kt_async $(ARGS)
 
 test: setup-dev native ## all tests of this machine but the slow ones; skips are listed at the end
 	@$(PY) -m pytest -m "not slow" $(ARGS)
@@ -68,7 +68,7 @@ test-all: setup-dev native ## every test, the slow ones too
 	@$(PY) -m pytest $(ARGS)
 
 native: check-tools setup ## build the native library into kt_async/ffi (incremental)
-	@test -f $(BUILD)/build.ninja || echo "== building the native library (first time: about a minute)"
+	@test -f $(BUILD)/build.ninja || echo "== building the native library (the first time takes minutes)"
 	@PATH="$(abspath $(BIN)):$$PATH" cmake -S native -B $(BUILD) -G Ninja -DKT_SAN=$(SAN) >/dev/null
 	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)
 	@cmp -s $(BUILD)/libkt.so kt_async/ffi/libkt.so || \

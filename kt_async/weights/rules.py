@@ -129,6 +129,7 @@ _QUIET_KEYS: Final = (
 )
 _KWARGS: Final = (*_OPERATOR_KEYS, *_DEVICE_KEYS, *_QUIET_KEYS, "backend")
 _MAX_FILE: Final = 1 << 20
+_SHOWN: Final = 60  # characters of a pattern in messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,9 @@ class Rule:
 
     def describe(self) -> str:
         """How messages point at the rule."""
-        wanted = [f"name {self.name.pattern!r}"] if self.name else []
+        pattern = self.name.pattern if self.name else ""
+        short = pattern if len(pattern) <= _SHOWN else f"{pattern[: _SHOWN - 3]}..."
+        wanted = [f"name {short}"] if pattern else []
         wanted += [f"class {self.match_kind}"] if self.match_kind else []
         return f"rule {self.number} ({', '.join(wanted)})"
 
