@@ -33,6 +33,10 @@ _KNOWN = (
     ("submitted", "engine_requests_submitted", "Sequences accepted.", True),
     ("finished", "engine_requests_finished", "Sequences ended.", True),
     ("cancelled", "engine_requests_cancelled", "Sequences cancelled.", True),
+    ("timed_out", "engine_requests_timed_out", "Sequences that waited too long.", True),
+    ("copied_out_pages", "copied_out_pages", "Pages copied to host memory.", True),
+    ("copied_in_pages", "copied_in_pages", "Pages copied back.", True),
+    ("runner_steps", "runner_steps", "Steps that the model ran.", True),
 )
 
 

@@ -194,12 +194,12 @@ def _record(run: Run, state: ApiState) -> None:
     reasons = ",".join(sorted({c.finish_reason or "disconnect" for c in run.choices}))
     usage = run.usage()
     logger.info(
-        "%s prompt=%d cached=%d generated=%d ttft=%.3fs total=%.3fs rate=%.1f/s finish=%s",
+        "%s prompt=%d cached=%d generated=%d ttft=%s total=%.3fs rate=%.1f/s finish=%s",
         run.request_id,
         usage["prompt_tokens"],
         usage["prompt_tokens_details"]["cached_tokens"],
         usage["completion_tokens"],
-        queue + prefill,
+        f"{queue + prefill:.3f}s" if started else "-",
         elapsed,
         run.timings()["predicted_per_second"],
         reasons,

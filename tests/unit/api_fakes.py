@@ -224,6 +224,8 @@ class FakeEngine:
             "pages_total": 100,
             "pages_used": len(self.living),
             "steps": 7,
+            "runner_run_ns": 2_500_000_000,
+            "runner_kv_bytes": 1024,
             "prefix_hit_tokens": 5,
         }
 

@@ -238,6 +238,9 @@ async def test_metrics_agree_with_the_usages(api: Api) -> None:
     assert values["kt_async:num_requests_running"] == 0
     assert values["kt_async:kv_cache_usage_perc"] == 0
     assert values["kt_async:prefix_cache_hits_total"] == 5
+    assert values["kt_async:engine_steps_total"] == 7
+    assert values["kt_async:runner_run_ns"] == 2.5e9
+    assert values["kt_async:runner_kv_bytes"] == 1024
     assert values['kt_async:http_responses_total{status="200"}'] == 3
 
 
