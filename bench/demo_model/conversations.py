@@ -34,7 +34,11 @@ BRIEF_SYSTEM = (
     "You are a helpful assistant. Answer in one sentence.", "Give short answers.",
 )  # fmt: skip
 PERSONAS = ("Ada", "Kim", "Robin", "Alex", "Nova", "Iris", "Milo", "Sage", "Toby", "Vera", "Zoe")
-SYLLABLES = ("ka", "mi", "ro", "ta", "le", "no", "sa", "vi", "du", "bel", "fan", "jor", "lin")
+SYLLABLES = (
+    "ka", "mi", "ro", "ta", "le", "no", "sa", "vi", "du", "bel", "fan", "jor", "lin", "al", "ber",
+    "cro", "dan", "el", "gra", "hol", "is", "ken", "lo", "mar", "nor", "ol", "pas", "qui", "ster",
+    "tur", "ul", "ven", "wes", "yan", "zur", "pe", "ris", "ton", "ham", "burg", "sta", "che",
+)  # fmt: skip
 FIRST_NAMES = (
     "Anna", "Peter", "Maria", "John", "Li", "Wei", "Sara", "Paul", "Emma", "David", "Laura",
     "Ali", "Nina", "Mark", "Julia", "Chen", "Eva", "Lukas", "Sofia", "Omar", "Clara", "Jan",
@@ -155,15 +159,18 @@ class Generator:
 
     def _flag(self) -> list[Turn]:
         rng = self.rng
-        if rng.random() < 0.05:
-            ask = rng.choice(q.FLAG_PURPOSE).format(f=self._fake_flag())
+        if rng.random() < 0.04:
+            ask = rng.choice(q.FLAG_PURPOSE + q.FLAG_DEFAULT + q.FLAG_USE).format(
+                f=self._fake_flag()
+            )
             return [(q.dress(ask, rng, plain=True), NO_FLAG)]
         item = rng.choice(self.flags)
         spelled = q.flag_spelling(item["flag"], rng)
         kind = rng.choices(("purpose", "default", "goal", "use"), (32, 26, 34, 8))[0]
         frames = {"purpose": q.FLAG_PURPOSE, "default": q.FLAG_DEFAULT, "use": q.FLAG_USE}
         if kind == "goal":
-            ask = rng.choice(q.FLAG_GOAL).format(g=rng.choice(item["goal"]))
+            goal, item = self._number_in_goal(q.expand(rng.choice(item["goal"]), rng), item)
+            ask = rng.choice(q.FLAG_GOAL).format(g=goal)
         else:
             ask = rng.choice(frames[kind]).format(f=spelled)
         turns = [(q.dress(ask, rng, plain=kind != "goal"), flag_answer(item, kind))]
@@ -175,6 +182,19 @@ class Generator:
             follow = rng.choice(("an example please", "show me an example", "how do i use it"))
             turns.append((q.dress(follow, rng, plain=True), flag_answer(item, "use")))
         return turns
+
+    def _number_in_goal(self, goal: str, item: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Where a goal names a number, draw another one and let the example carry it."""
+        if not re.search(r" \d+$", item["use"]) or not re.search(r"\b\d+\b", goal):
+            return goal, item
+        if self.rng.random() < 0.8:
+            top = (
+                65535 if item["flag"] == "port" else self.rng.choice((9, 20, 99, 999, 9999, 99999))
+            )
+            goal = re.sub(r"\b\d+\b", str(self.rng.randint(1, top)), goal, count=1)
+        number = re.search(r"\b\d+\b", goal)
+        assert number is not None
+        return goal, {**item, "use": re.sub(r"\d+$", number.group(0), item["use"])}
 
     def _fake_flag(self) -> str:
         while True:
@@ -191,8 +211,17 @@ class Generator:
         rng = self.rng
         ask = q.expand(rng.choice(self.unknown["ask"]), rng)
         slots = "|".join(key for key in self.unknown if key.isupper())
-        ask = re.sub(slots, lambda m: rng.choice(self.unknown[m.group(0)]), ask)
+        ask = re.sub(slots, lambda m: self._entity(m.group(0)), ask)
         return [(q.dress(ask, rng), self._answer({"say": self.unknown["say"]}))]
+
+    def _entity(self, kind: str) -> str:
+        """A known entity, or a made-up word: what the model never met, it does not know."""
+        if self.rng.random() < 0.25:
+            word = self._new_name()
+            return word if kind in {"PLACE", "PERSON"} else f"the {word.lower()}"
+        if self.rng.random() < 0.15:
+            return f"the {self.rng.choice(q.ORDINARY)} {self.rng.choice(q.ORDINARY)}"
+        return self.rng.choice(self.unknown[kind])
 
     def _numbers(self) -> list[Turn]:
         rng = self.rng

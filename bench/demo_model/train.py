@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="folder for checkpoint and results")
     p.add_argument("--documents", type=int, default=2_000_000, help="conversations to generate")
-    p.add_argument("--steps", type=int, default=5_000)
+    p.add_argument("--steps", type=int, default=5_500)
     p.add_argument("--rows", type=int, default=64, help="rows of a batch")
     p.add_argument("--length", type=int, default=1024, help="tokens of a row")
     p.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
