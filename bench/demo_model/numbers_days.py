@@ -31,7 +31,7 @@ def sums(rng: random.Random) -> list[Turn]:
     a = rng.randint(0, 20)
     b = rng.randint(0, 20 - a)
     if rng.random() < 0.3:
-        a, b = a + b, b
+        a += b
         sign, words, result = "-", rng.choice(("minus", "less")), a - b
         ask = rng.choice((f"subtract {b} from {a}", f"take {b} away from {a}"))
     else:
