@@ -272,7 +272,8 @@ def _check(found: _Collected, config: Config) -> None:
     for name in ("gguf_path", "model_path", "chat_template", "ssl_keyfile", "ssl_certfile"):
         value = getattr(config, name)
         if value and not Path(value).exists():
-            errors.append(f"--{name} {value} does not exist.")
+            local = "; it must be a local folder" if name == "model_path" else ""
+            errors.append(f"--{name} {value} does not exist{local}.")
     if config.model_path and Path(config.model_path).is_file():
         errors.append(f"--model_path {config.model_path} is a file; it must be a folder.")
     if bool(config.ssl_keyfile) != bool(config.ssl_certfile):

@@ -218,21 +218,21 @@ class Config:
     temperature: float = flag(
         0.95,
         "sampling",
-        "for requests without one; generation_config.json wins over the default",
+        "for requests without one; the model's own recommendation wins over the default",
         low=0,
         high=2,
     )
     top_p: float = flag(
         0.8,
         "sampling",
-        "for requests without one; generation_config.json wins over the default",
+        "for requests without one; the model's own recommendation wins over the default",
         low=0,
         high=1,
     )
     top_k: int = flag(
         0,
         "sampling",
-        "for requests without one (0 = off); generation_config.json wins over the default",
+        "for requests without one (0 = off); the model's own recommendation wins over the default",
         low=0,
         high=2**31 - 1,
     )

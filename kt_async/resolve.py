@@ -23,7 +23,7 @@ class ModelFacts:
     architecture: str  # GGUF name
     max_context: int  # tokens
     main_type: str = ""  # type of most weights, e.g. "Q4_K" or "F32"
-    generation: Mapping[str, float] = field(default_factory=dict)  # generation_config.json
+    generation: Mapping[str, float] = field(default_factory=dict)  # what the model recommends
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class _Resolver:
             value = self.model.generation.get(name)
             if value is not None and name not in self.raw.sources:
                 kind = type(getattr(self.raw, name))
-                self.put(name, kind(value), "generation_config.json of the model")
+                self.put(name, kind(value), "recommended by the model")
 
     def device(self) -> None:
         wanted, gpus = self.raw.device, self.host.num_gpus

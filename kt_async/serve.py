@@ -32,6 +32,7 @@ from kt_async.model.tensors import check_tensors
 from kt_async.resolve import HostFacts, ModelFacts, resolve
 from kt_async.text.template import ChatTemplate, load_template
 from kt_async.text.tokenizer import Tokenizer, load_tokenizer
+from kt_async.weights.generation import recommended_sampling
 from kt_async.weights.placement import place
 from kt_async.weights.source import open_model
 
@@ -69,7 +70,13 @@ def prepare(raw: Config) -> Prepared:
     template = load_template(files, tokenizer, model_path, template_file)
     model = Model(files, spec, sample_vocab(tokenizer, spec.vocab_size))
     host = query_host()
-    facts = ModelFacts(spec.name, spec.architecture, spec.max_context, model.main_type)
+    facts = ModelFacts(
+        name=spec.name,
+        architecture=spec.architecture,
+        max_context=spec.max_context,
+        main_type=model.main_type,
+        generation=recommended_sampling(model_path, files.metadata),
+    )
     machine = HostFacts(num_cpus=host.num_cpus, num_cores=host.num_cores)
     placement = place(spec, rules_path=raw.optimize_config_path, amx="amx" in host.isas)
     raw = dataclasses.replace(raw, warnings=(*raw.warnings, *placement.warnings))

@@ -587,8 +587,10 @@ __attribute__((noinline)) void few_rows(const BandJob& job) {
   }
   for (int half = 0; half < 16 / V::kRows; ++half) {
 #pragma GCC unroll 16
-    for (int i = 0; i < M && i < job.m; ++i) {
-      V::store_f(job.out + i * job.out_stride + half * 8, total[half][i]);
+    for (int i = 0; i < M; ++i) {
+      if (i < job.m) {
+        V::store_f(job.out + i * job.out_stride + half * 8, total[half][i]);
+      }
     }
   }
 }
