@@ -30,7 +30,7 @@ class Tensor:
 
 
 @dataclass
-class Sequence_:
+class Row:
     """One sequence: its pages and how many positions they hold already."""
 
     pages: list[int]
@@ -41,7 +41,7 @@ class Sequence_:
 class Step:
     """Rows of a step: (sequence, its new token ids)."""
 
-    rows: Sequence[tuple[Sequence_, Sequence[int]]]
+    rows: Sequence[tuple[Row, Sequence[int]]]
     samples: npt.NDArray[np.void]
     bias: Sequence[tuple[int, float]] = ()
     history: Sequence[tuple[int, int]] = ()

@@ -11,7 +11,7 @@ import pytest
 from kt_async.ffi import structs
 from kt_async.ffi.host import ISA_NAMES, query_host
 from kt_async.ffi.pool import Pool
-from tests.native.program_steps import F32, Program, Sequence_, Step, sample_rows
+from tests.native.program_steps import F32, Program, Row, Step, sample_rows
 from tests.reference.attention import attention, rms_norm, rope
 
 VOCAB = 1200  # one token id per position, so that every position has its own q, k and v
@@ -90,15 +90,15 @@ class Runner:
         )
         program.finish(self.out, width)
 
-    def run(self, rows: Sequence[tuple[Sequence_, Sequence[int]]]) -> F32:
+    def run(self, rows: Sequence[tuple[Row, Sequence[int]]]) -> F32:
         self.program.run(Step(rows, sample_rows(0)))
         return self.program.read(self.out, sum(len(ids) for _, ids in rows))
 
-    def sequence(self, length: int, first_page: int = 0, *, seed: int = 0) -> Sequence_:
+    def sequence(self, length: int, first_page: int = 0, *, seed: int = 0) -> Row:
         """Pages in shuffled order, so that physical neighbours are not logical ones."""
         pages = np.arange(-(-length // self.program.page_size)) + first_page
         np.random.default_rng(seed).shuffle(pages)
-        return Sequence_(pages.tolist())
+        return Row(pages.tolist())
 
     def close(self) -> None:
         self.program.close()
@@ -212,6 +212,6 @@ def test_stale_pages_do_not_leak(runners: list[Runner]) -> None:
     runner = Runner(case)
     runners.append(runner)
     ids = list(range(5))
-    clean = runner.run([(Sequence_([7]), ids)])
-    runner.run([(Sequence_([9]), list(range(VOCAB - 16, VOCAB)))])
-    np.testing.assert_array_equal(runner.run([(Sequence_([9]), ids)]), clean)
+    clean = runner.run([(Row([7]), ids)])
+    runner.run([(Row([9]), list(range(VOCAB - 16, VOCAB)))])
+    np.testing.assert_array_equal(runner.run([(Row([9]), ids)]), clean)

@@ -1,0 +1,122 @@
+// Stress driver of the worker pool, for ThreadSanitizer.
+//
+// tests/native/test_stress.py compiles this file with the pool's sources under a sanitizer and runs
+// it. Exits 0 when every job gave the expected counts; a race makes the sanitizer exit with 66.
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "base/error.h"
+#include "experts/tasks.h"
+#include "host/workers.h"
+#include "kt.h"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  ++failures;
+}
+
+kt_pool_config config_of(int32_t threads, int32_t spin_us, int32_t nodes) {
+  kt_pool_config config = {};
+  config.struct_size = sizeof(config);
+  config.num_threads = threads;
+  config.isa = KT_ISA_SCALAR;
+  config.spin_us = spin_us;
+  config.fake_nodes = nodes;
+  return config;
+}
+
+// Plain (non-atomic) data handed from phase to phase: correct only if the barrier orders it.
+void barriers(kt::Workers& workers, int rounds) {
+  const auto count = static_cast<size_t>(workers.num_threads());
+  std::vector<int64_t> values(count, 1);
+  std::vector<int64_t> sums(count, 0);
+  workers.for_each([&](int32_t worker) {
+    const auto w = static_cast<size_t>(worker);
+    for (int round = 0; round < rounds; ++round) {
+      values[w] = round + worker;
+      workers.barrier();
+      int64_t sum = 0;
+      for (const int64_t value : values) sum += value;
+      sums[w] = sum;
+      workers.barrier();
+    }
+  });
+  const auto n = static_cast<int64_t>(count);
+  for (const int64_t sum : sums) expect(sum == n * (rounds - 1) + n * (n - 1) / 2, "barrier sum");
+}
+
+// Every element of a shared range is visited once, whatever the stealing does.
+void shared_ranges(kt::Workers& workers, int rounds) {
+  constexpr int64_t kCount = 1000;
+  std::vector<int32_t> visits(kCount);
+  for (int round = 0; round < rounds; ++round) {
+    kt::TailCounter tail;
+    std::fill(visits.begin(), visits.end(), 0);
+    workers.for_each([&](int32_t worker) {
+      kt::share_range(kCount, worker, workers.num_threads(), 7, tail,
+                      [&](int64_t first, int64_t last) {
+                        for (int64_t i = first; i < last; ++i) ++visits[static_cast<size_t>(i)];
+                      });
+    });
+    for (const int32_t visit : visits) expect(visit == 1, "visited once");
+  }
+}
+
+// A worker that throws ends the job for all, also for those at a barrier; the pool stays usable.
+void failing_jobs(kt::Workers& workers, int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    bool caught = false;
+    try {
+      workers.for_each([&](int32_t worker) {
+        if (worker == round % workers.num_threads()) throw std::runtime_error("expected");
+        workers.barrier();
+      });
+    } catch (const std::runtime_error& error) {
+      caught = std::strcmp(error.what(), "expected") == 0;
+    }
+    expect(caught, "failure reported");
+  }
+  barriers(workers, 10);
+}
+
+void two_callers(kt::Workers& workers, int rounds) {
+  std::atomic<int64_t> total{0};
+  const auto call = [&] {
+    for (int round = 0; round < rounds; ++round) {
+      workers.for_each([&](int32_t) { total.fetch_add(1); });
+    }
+  };
+  std::thread other(call);
+  call();
+  other.join();
+  expect(total.load() == int64_t{2} * rounds * workers.num_threads(), "two callers");
+}
+
+}  // namespace
+
+int main() {
+  for (const int32_t threads : {1, 2, 3, 8}) {
+    for (const int32_t spin_us : {0, 50}) {
+      kt::Workers workers(config_of(threads, spin_us, threads / 2));
+      barriers(workers, 300);
+      shared_ranges(workers, 30);
+      failing_jobs(workers, 30);
+      two_callers(workers, 100);
+    }
+  }
+  for (int i = 0; i < 50; ++i) {
+    kt::Workers workers(config_of(4, i % 2, 0));
+    if (i % 3 == 0) barriers(workers, 2);
+  }
+  if (failures == 0) std::puts("ok");
+  return failures == 0 ? 0 : 1;
+}
