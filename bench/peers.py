@@ -4,8 +4,8 @@ The servers run one after the other, several rounds in turn (A B A B ...), never
 they would share the memory bandwidth that decides their speed. Command templates name {port} and
 {model}, for example
   python bench/peers.py --model m.gguf --peer "llama-server --port {port} -m {model} -np 16 -c 65536"
-Prints tokens/s of every cell, the ratio ours / peer and, when the bytes of a step are given, the
-share of the memory bound that each reaches. Exit code 2 when a server does not work.
+Prints tokens/s of every cell, the ratio ours / peer and, when the machine's read bandwidth is
+given, the share of the memory bound that each reaches (bound.py). Exit code 2 when a server does not work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench`, when ru
 
 import aiohttp
 
-from bench import options, process, prompts, record, serve, stats, trace
+from bench import bound, options, process, prompts, record, serve, stats, trace
 from bench.errors import BenchError
 
 _OURS = f"{sys.executable} -m kt_async --host 127.0.0.1 --port {{port}} --gguf_path {{model}}"
@@ -52,13 +52,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="completions sends token ids, chat sends text (%(default)s)")  # fmt: skip
     parser.add_argument("--extra", default="{}", help="JSON object added to every request's body")
     parser.add_argument("--step_mb", type=step_bytes, default={}, metavar="1=460,4=813",
-                        help="MB a decode step reads at each number of clients")  # fmt: skip
-    parser.add_argument("--bandwidth", type=float, help="read bandwidth in GB/s, with --step_mb")
+                        help="MB a decode step reads, by clients (from the file)")  # fmt: skip
+    parser.add_argument(
+        "--bandwidth", type=float, help="read bandwidth in GB/s: also show the bound"
+    )
     parser.add_argument("--start_timeout", type=float, default=900.0, help="seconds (900)")
     parser.add_argument("--out", type=Path, help="result file (results/peers-TIME.jsonl)")
     args = parser.parse_args(argv)
-    if bool(args.step_mb) != bool(args.bandwidth):
-        parser.error("--step_mb and --bandwidth only make sense together")
+    if args.step_mb and not args.bandwidth:
+        parser.error("--step_mb needs --bandwidth")
     return args
 
 
@@ -74,9 +76,16 @@ def step_bytes(text: str) -> dict[int, float]:
     return found
 
 
-def bound_tokens_per_s(clients: int, num_bytes: float, bandwidth_gb_s: float) -> float:
-    """Decode speed of all clients together when nothing but reading the weights takes time."""
-    return clients * bandwidth_gb_s * 1e9 / num_bytes
+def bounds_of(args: argparse.Namespace) -> dict[str, float]:
+    """Cell -> tokens/s that reading the weights allows; empty without --bandwidth."""
+    if not args.bandwidth:
+        return {}
+    sizes = args.step_mb or bound.step_bytes_of_file(Path(args.model), args.clients)
+    return {
+        f"decode {n}": bound.tokens_per_s(n, sizes[n], args.bandwidth)
+        for n in args.clients
+        if n in sizes
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +188,9 @@ def ratio_rows(
             row += [stats.number(value), f"{100 * stats.spread(by_name[name]):.0f} %"]
         row.append(f"{mine / other:.2f}")
         if bounds:
-            bound = bounds.get(cell)
-            row.append(stats.number(bound))
-            row += ["-" if not bound else f"{100 * v / bound:.0f} %" for v in (mine, other)]
+            limit = bounds.get(cell)
+            row.append(stats.number(limit))
+            row += ["-" if not limit else f"{100 * v / limit:.0f} %" for v in (mine, other)]
         rows.append(row)
     return rows
 
@@ -250,13 +259,9 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 after one sentence about the server that does not work."""
     args = parse_args(argv)
     contenders = (Contender("ours", args.ours), Contender("peer", args.peer))
-    bounds = {
-        f"decode {n}": bound_tokens_per_s(n, args.step_mb[n], args.bandwidth)
-        for n in args.clients
-        if n in args.step_mb
-    }
     try:
         check_extra(args.extra)
+        bounds = bounds_of(args)
         samples = compare(args, contenders)
         print("\n" + stats.table(header("ours", "peer", bool(bounds)),
                                  ratio_rows(samples, "ours", "peer", bounds)))  # fmt: skip

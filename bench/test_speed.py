@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Speed:
 
     prefill: float
     decode: float
+    num_tokens: int
     is_from_server: bool
 
 
@@ -98,10 +100,14 @@ def speed_of(stream: trace.Stream) -> Speed:
     usage: dict[str, Any] = stream.usage or {}
     prefill_s, decode_s = usage.get("prefill_time"), usage.get("decode_time")
     if prefill_s and decode_s and stream.num_prompt is not None:
-        return Speed(stream.num_prompt / prefill_s, stream.num_tokens / decode_s, True)
+        return Speed(
+            stream.num_prompt / prefill_s, stream.num_tokens / decode_s, stream.num_tokens, True
+        )
     if not stream.times or stream.num_prompt is None:
         raise BenchError("the server sent no text or no usage: no speed can be computed")
-    return Speed(stream.num_prompt / stream.ttft, stream.tokens_per_s or 0.0, False)
+    return Speed(
+        stream.num_prompt / stream.ttft, stream.tokens_per_s or 0.0, stream.num_tokens, False
+    )
 
 
 def target_of(api_url: str, model: str, api_key: str | None) -> serve.Target:
@@ -170,7 +176,10 @@ async def request(
 
 
 async def run(args: argparse.Namespace) -> None:
-    """All requests at once, then the totals (plain sums, as KTransformers prints them)."""
+    """All requests at once, then the totals (plain sums, as KTransformers prints them).
+
+    Sums overstate requests that did not overlap; the wall clock line does not.
+    """
     async with serve.new_session() as session:
         target = target_of(args.api_url, args.model or "", args.api_key)
         if not target.model:
@@ -182,12 +191,16 @@ async def run(args: argparse.Namespace) -> None:
             prompt = prompts.text_of_tokens(args.prompt_lens, seed, scale)
             body = body_of(target, prompt, args.max_tokens)
             bodies.append(body | ({"ignore_eos": True} if args.ignore_eos else {}))
+        begin = time.perf_counter()
         speeds = await serve.together(
             [request(session, target, body, i) for i, body in enumerate(bodies)]
         )
+    wall_s = time.perf_counter() - begin
     print(f"concurrency: {len(speeds)}")
     print(f"total prefill speed: {sum(speed.prefill for speed in speeds)}")
     print(f" total decode speed: {sum(speed.decode for speed in speeds)}")
+    tokens = sum(speed.num_tokens for speed in speeds)
+    print(f"wall clock: {tokens} tokens in {wall_s:.2f} s, {tokens / wall_s:.1f} tokens/s overall")
     if not all(speed.is_from_server for speed in speeds):
         print("note: the server sent no prefill_time and decode_time; timed from here")
 

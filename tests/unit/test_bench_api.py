@@ -44,7 +44,7 @@ async def test_speed_uses_the_servers_times(api: Api, capsys: pytest.CaptureFixt
     argv += ["--concurrent", "2", "--max_tokens", "8"]
     assert await asyncio.to_thread(speed.main, argv) == 0, capsys.readouterr().err
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-3] == "concurrency: 2"
+    assert lines[-4] == "concurrency: 2"
     assert not any(line.startswith("note:") for line in lines)
     prompts = [len(request.prompt_ids) for request in api.engine.submitted[-2:]]
     assert all(abs(count - 512) < 60 for count in prompts)  # bytes are this model's tokens

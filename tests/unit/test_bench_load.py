@@ -227,11 +227,12 @@ async def test_speed_prints_the_published_lines(
         assert len(mine) > 2  # text first
         assert mine[-2] == f"[Request {i}] prefill speed: 2048.0"
         assert mine[-1] == f"[Request {i}] decode speed: 64.0"
-    assert lines[-3:] == [
+    assert lines[-4:-1] == [
         "concurrency: 2",
         "total prefill speed: 4096.0",
         " total decode speed: 128.0",
     ]
+    assert lines[-1].startswith("wall clock: 32 tokens in ")
     texts = [[ln for ln in lines if ln.startswith(f"[Request {i}] w")] for i in range(2)]
     assert [ln[12:] for ln in texts[0]] != [ln[12:] for ln in texts[1]]  # different prompts
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import (
+    bound,
     measure,
     options,
     outputs,
@@ -28,6 +29,7 @@ from bench import (
 )
 from bench import test_speed as speed
 from bench.errors import BenchError
+from kt_async import demo
 
 
 class TestStats:
@@ -360,12 +362,38 @@ class TestOptions:
             peers.parse_args(["--model", "m", "--peer", "p", "--step_mb", "1=2"])
 
 
+class TestBound:
+    def test_distinct_experts(self) -> None:
+        found = [bound.distinct_experts(128, 8, rows) for rows in (1, 2, 4, 8, 16)]
+        assert found == pytest.approx([8, 15.5, 29.1, 51.6, 82.4], abs=0.1)
+
+    def test_bytes_of_a_step(self) -> None:
+        tensors = [("token_embd.weight", 1000), ("blk.0.attn_q.weight", 30)]
+        tensors += [("blk.0.ffn_up_exps.weight", 400), ("blk.0.ffn_gate_inp.weight", 2)]
+        assert bound.step_bytes(tensors, 4, 1, 1) == 1000 + 32 + 100  # tied output
+        assert bound.step_bytes([*tensors, ("output.weight", 7)], 4, 1, 2) == 7 + 32 + 175
+
+    def test_tiny_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "demo.gguf"
+        demo.write_demo_model(path)
+        sizes = bound.step_bytes_of_file(path, [1, 64])
+        assert 0.3 * path.stat().st_size < sizes[1] < sizes[64] < path.stat().st_size
+        with pytest.raises(BenchError, match="none"):
+            bound.step_bytes_of_file(tmp_path / "none.gguf", [1])
+
+    def test_cells(self) -> None:
+        common = ["--model", "m", "--peer", "p"]
+        assert peers.bounds_of(peers.parse_args(common)) == {}
+        args = peers.parse_args([*common, "--bandwidth", "50", "--step_mb", "4=800"])
+        assert peers.bounds_of(args) == {"decode 4": 250}
+
+
 class TestPeersTable:
     def test_ratio_and_bound(self) -> None:
-        bound = peers.bound_tokens_per_s(4, 800e6, 50)
-        assert bound == 250
+        limit = bound.tokens_per_s(4, 800e6, 50)
+        assert limit == 250
         samples = {"decode 4": {"ours": [200.0, 210.0, 190.0], "peer": [100.0]}}
-        (row,) = peers.ratio_rows(samples, "ours", "peer", {"decode 4": bound})
+        (row,) = peers.ratio_rows(samples, "ours", "peer", {"decode 4": limit})
         assert row == ["decode 4", "200", "5 %", "100", "0 %", "2.00", "250", "80 %", "40 %"]
         assert len(peers.header("ours", "peer", True)) == len(row)
 
@@ -385,8 +413,8 @@ class TestSpeed:
             "decode_time": 0.5,
         }
         found = speed.speed_of(stream([1.0, 3.0], usage=usage))
-        assert found == speed.Speed(500, 4, True)
-        assert speed.speed_of(stream([1.0, 3.0])) == speed.Speed(10, 0.5, False)
+        assert found == speed.Speed(500, 4, 2, True)
+        assert speed.speed_of(stream([1.0, 3.0])) == speed.Speed(10, 0.5, 2, False)
         with pytest.raises(BenchError, match="no speed"):
             speed.speed_of(trace.Stream(0.0))
 
