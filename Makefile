@@ -13,7 +13,7 @@ PY = PYTHONPATH=. $(BIN)/python
 
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-dev serve test test-all native bench bench-kernels lint format types size \
-  san fuzz wheel clean check-tools
+  san drivers fuzz wheel clean check-tools
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -107,6 +107,9 @@ san: setup-dev ## the native tests under address and undefined-behaviour sanitiz
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONMALLOC=malloc $(PY) -m pytest -q -p no:randomly tests/native $(ARGS); rc=$$?; \
 	  cp -f build/libkt.plain.so kt_async/ffi/libkt.so; exit $$rc
+
+drivers: check-tools ## ten million random schedules and threads, under sanitizers (ACTIONS=n)
+	@$(MAKE) --no-print-directory -C tests/native/drivers
 
 fuzz: setup-dev native ## random GGUF files, HTTP bodies and schedules, for longer than `make test`
 	@$(PY) -m pytest tests/fuzz --timeout 0 --hypothesis-profile=long $(ARGS)

@@ -132,6 +132,9 @@ class Sim:
 
     def step(self) -> bool:
         """One turn of the engine; False when there is nothing left to do."""
+        while len(self.results) > self.is_ahead:
+            self.commit()
+            self.drain()
         planned = self.plan()
         if self.results and (len(self.results) > 1 or not planned or not self.is_ahead):
             self.commit()

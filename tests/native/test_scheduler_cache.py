@@ -81,6 +81,23 @@ def test_equal_prompts_that_arrive_together_are_computed_once():
     assert sum(cached) == 8 * 321 - prefilled(sim)
 
 
+def test_a_running_prefill_takes_over_pages_that_another_has_computed():
+    sim = Sim(flags=CACHE, num_pages=60, chunk_size=20, max_len=100)
+    first, second = sim.submit(prompt_of(36), 2), sim.submit(prompt_of(36) + [1] * 20, 2)
+    sim.step()  # 20 tokens of the first
+    assert sim.plan()  # its other 16, and 4 of the second, which found 20
+    assert sim.view("row_start", 3).tolist() == [0, 16, 20]
+    sim.commit()
+    sim.drain()
+    assert sim.plan()  # the second goes on behind the 36 that are there now
+    assert sim.view("context_len", 2).tolist()[1] - sim.view("row_start", 3).tolist()[2] == 35
+    sim.commit()
+    sim.finish_all()
+    assert sim.num_cached[second] == 20 + 12
+    for seq_id in (first, second):
+        sim.check_text(seq_id)
+
+
 def test_copies_computed_side_by_side_are_merged():
     sim = Sim(flags=CACHE, num_pages=40, chunk_size=64, max_len=100)
     ids = [sim.submit(prompt_of(16), 30) for _ in range(2)]

@@ -220,6 +220,7 @@ int32_t kt_sched_plan(kt_sched* sched, int64_t now_ns, void* block, kt_plan* out
   return run(sched, [&](kt_sched& s) {
     kt::require_handle(block, "block");
     kt::require_struct(out, "out");
+    s.core.require_plannable();
     int32_t status = KT_OK;
     {
       const Stopwatch watch(&s.plan_ns);

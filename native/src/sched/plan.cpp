@@ -16,11 +16,15 @@ bool is_decode_row(int32_t count, int32_t num_scores, bool has_token) {
 
 }  // namespace
 
-int32_t Scheduler::plan(int64_t now_ns, void* block, kt_plan* out) {
+void Scheduler::require_plannable() const {
   const size_t most_in_flight = has_flag(KT_SCHED_LOOKAHEAD) ? 1 : 0;
   if (in_flight_.size() > most_in_flight) {
     fail_state("plan before the commit of the step before");
   }
+}
+
+int32_t Scheduler::plan(int64_t now_ns, void* block, kt_plan* out) {
+  require_plannable();
   *out = {};
   out->struct_size = sizeof(*out);
   plan_id_ += 1;

@@ -58,6 +58,8 @@ class Scheduler {
 
   void add(std::unique_ptr<Sequence> seq);
   void cancel(uint64_t seq_id);
+  // Throws Error(KT_ERR_STATE) when a commit has to come first; nothing has changed then.
+  void require_plannable() const;
   // KT_OK or KT_IDLE, see kt_sched_plan.
   int32_t plan(int64_t now_ns, void* block, kt_plan* out);
   void commit(int64_t now_ns, const int32_t* tokens, int32_t num_samples);
