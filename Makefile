@@ -13,7 +13,7 @@ PY = PYTHONPATH=. $(BIN)/python
 
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-dev serve test test-all native bench bench-kernels lint format types size \
-  san drivers fuzz wheel clean check-tools
+  san fuzz wheel clean check-tools
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -108,11 +108,9 @@ san: setup-dev ## the native tests under address and undefined-behaviour sanitiz
 	  PYTHONMALLOC=malloc $(PY) -m pytest -q -p no:randomly tests/native $(ARGS); rc=$$?; \
 	  cp -f build/libkt.plain.so kt_async/ffi/libkt.so; exit $$rc
 
-drivers: check-tools ## ten million random schedules and threads, under sanitizers (ACTIONS=n)
-	@$(MAKE) --no-print-directory -C tests/native/drivers
-
 fuzz: setup-dev native ## random GGUF files, HTTP bodies and schedules, for longer than `make test`
 	@$(PY) -m pytest tests/fuzz --timeout 0 --hypothesis-profile=long $(ARGS)
+	@$(MAKE) --no-print-directory -C tests/native/drivers
 
 wheel: setup-dev ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps -w dist .

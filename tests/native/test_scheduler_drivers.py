@@ -1,4 +1,4 @@
-"""The C++ drivers of the scheduler under sanitizers, for a few seconds; `make drivers` runs longer."""
+"""The C++ drivers of the scheduler under sanitizers, for a few seconds; `make fuzz` runs longer."""
 
 from __future__ import annotations
 

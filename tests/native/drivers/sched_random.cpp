@@ -4,7 +4,7 @@
 // wrong page, position, order or copy changes the text; the expected text of every request is known
 // from its prompt alone. Configurations change every few hundred actions. Some episodes run a twin
 // scheduler with the same calls, which must give the same plans bit by bit. Built with address and
-// undefined-behaviour sanitizers by `make drivers`. Exit status 1 and a line on the first error.
+// undefined-behaviour sanitizers by `make fuzz`. Exit status 1 and a line on the first error.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>

@@ -1,5 +1,5 @@
 // Concurrent submit, cancel, wake and query against a running engine thread: `sched_threads
-// [COUNT]` requests per client thread. Built with the thread sanitizer by `make drivers`. Exit
+// [COUNT]` requests per client thread. Built with the thread sanitizer by `make fuzz`. Exit
 // status 1 when a request gets no end, two ends, or too many tokens.
 #include <atomic>
 #include <cstdint>
