@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as T
 
 from kt_async.errors import NativeError
 from kt_async.ffi import structs
-from kt_async.ffi.host import query_host
+from kt_async.ffi.host import isa_number, query_host
 from kt_async.ffi.matrix import Matrix
 from kt_async.ffi.pool import Pool
 
@@ -30,7 +30,7 @@ def odd_cols(kind: T) -> int:
 
 @pytest.fixture(scope="module")
 def pools() -> Iterator[dict[str, Pool]]:
-    made = {isa: Pool(2, isa=isa, pin=False) for isa in ISAS}
+    made = {isa: Pool(2, isa=isa_number(isa), pin=False) for isa in ISAS}
     for isa, pool in made.items():
         assert isa in pool.describe()
     yield made
