@@ -275,4 +275,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    process.terminate_as_interrupt()
     sys.exit(main())

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import IO
 
 from bench.errors import BenchError
@@ -25,6 +25,19 @@ _POLL_S = 0.02
 _TAIL_LINES = 15
 _DYING_S = 0.5
 _STOP_S = 20.0  # a drain may take a while; beyond that the server is killed and it is an error
+
+
+def terminate_as_interrupt() -> None:
+    """Let SIGTERM unwind the program as Ctrl-C does, so that no server is left behind.
+
+    To be called by the main thread of a program that starts one.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def free_port() -> int:

@@ -176,6 +176,8 @@ async def measure_all(
             entry = await bench.clients(count)
             out.append("serve", common | entry)
             cells.append(entry)
+            total = stats.number(entry["median"]["total_tokens_per_s"])
+            print(f"{count} clients: {total} tokens/s", flush=True)
             if count == min(args.clients) and entry["median"].get("host_us_per_step") is not None:
                 figures["host_us_per_step"] = entry["median"]["host_us_per_step"]
         if server and (peak := process.peak_rss_bytes(server.pid)):
@@ -216,4 +218,5 @@ def draw(cells: Sequence[Mapping[str, Any]], path: Path, args: argparse.Namespac
 
 
 if __name__ == "__main__":
+    process.terminate_as_interrupt()
     sys.exit(main())

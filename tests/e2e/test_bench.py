@@ -53,6 +53,21 @@ def test_run_says_why_the_server_did_not_start(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_ended_run_leaves_no_server(tmp_path: Path) -> None:
+    script = str(_ROOT / "bench" / "run.py")
+    command = [sys.executable, script, "--out", str(tmp_path / "x"), "--starts", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout as out:
+        while "outputs agree" not in (line := out.readline()):
+            assert line, "the run ended by itself"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.terminate()
+        assert process.wait(30) == 130
+    assert len(children) == 1
+    assert not Path(f"/proc/{children[0]}").exists()
+
+
 def test_speed_script(server: Server) -> None:
     url = server.base_url + "/v1/chat/completions"
     argv = ["--prompt_lens", "1024", "--max_tokens", "8", "--concurrent", "2", "--ignore_eos"]
