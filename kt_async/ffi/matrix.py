@@ -65,6 +65,19 @@ def dequantize(ggml_type: int, data: npt.NDArray[np.generic]) -> F32Array:
     return out
 
 
+def peak_rate(pool: PoolHandle, kind: int) -> float | None:
+    """Multiply-adds per second of all workers; None when the ISA has no such instruction.
+
+    kind: 0 integer, 1 bf16, 2 f32.
+    """
+    result = ctypes.c_double()
+    status = lib.load().kt_bench_peak(pool.handle, kind, ctypes.byref(result))
+    if status == structs.KT_ERR_UNSUPPORTED:
+        return None
+    lib.check(status)
+    return result.value
+
+
 class Matrix:
     """Packed weights of one tensor [num_experts, rows, cols]. Free with close() or `with`.
 

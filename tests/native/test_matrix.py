@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as T
 from kt_async.errors import NativeError
 from kt_async.ffi import structs
 from kt_async.ffi.host import isa_number, query_host
-from kt_async.ffi.matrix import Matrix
+from kt_async.ffi.matrix import Matrix, peak_rate
 from kt_async.ffi.pool import Pool
 
 from . import tolerances
@@ -174,3 +174,13 @@ def test_bad_calls(pools: dict[str, Pool]) -> None:
             packed.multiply(x[:, :32])
         second = reference(T.Q8_0, data, 64)[16:].astype(np.float64)
         assert error(packed.multiply(x, 1), x @ second.T) < tolerances.INT8_PRODUCT
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_peak_rates(isa: str, pools: dict[str, Pool]) -> None:
+    """Every ISA has f32 multiply-adds; integer and bf16 ones where the CPU has the instruction."""
+    kinds = [kind for kind in range(3) if peak_rate(pools[isa], kind) is not None]
+    expected = {"scalar": [2], "avx512vnni": [0, 1, 2], "amx": [0, 1, 2]}.get(isa, [0, 2])
+    assert kinds == expected
+    with pytest.raises(NativeError, match="kind is 3, allowed is 0"):
+        peak_rate(pools[isa], 3)

@@ -49,6 +49,10 @@ struct ActLayout {
   return (value + unit - 1) / unit * unit;
 }
 
+// A prepared kActF32 row: the f32 values padded with zeros to 64 bytes, then room for two bf16
+// planes (high and low part, each padded to 32 columns) that only the AMX kernels fill and read.
+[[maybe_unused]] constexpr int64_t float_row_bytes(int64_t cols) { return align_up(4 * cols, 64); }
+
 // Bytes of a full 256-column tile of an R16 type; 0 for types with another layout.
 [[maybe_unused]] constexpr int64_t tile_bytes(int32_t type) {
   switch (type) {

@@ -9,6 +9,7 @@
 #include "kernels/layout.h"
 
 #define KT_HAS_BF16 0
+#define KT_HAS_AMX 0
 
 namespace kt {
 namespace {
@@ -49,6 +50,7 @@ struct V {
   static I sll32(I x, int n) { return _mm256_slli_epi32(x, n); }
   static I add32(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sub32(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I sub8(I a, I b) { return _mm256_sub_epi8(a, b); }
   static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
   static I shuffle(I values, I index) { return _mm256_shuffle_epi8(values, index); }
   static I repeat128(const void* p) {

@@ -10,6 +10,7 @@
 
 #define KT_HAS_VNNI 0
 #define KT_HAS_BF16 0
+#define KT_HAS_AMX 0
 
 namespace kt {
 namespace {

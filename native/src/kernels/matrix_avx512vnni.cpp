@@ -10,6 +10,7 @@
 
 #define KT_HAS_VNNI 1
 #define KT_HAS_BF16 1
+#define KT_HAS_AMX 0
 
 namespace kt {
 namespace {

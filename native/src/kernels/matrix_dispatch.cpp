@@ -9,6 +9,7 @@ const MatrixKernels* matrix_kernels_scalar();
 const MatrixKernels* matrix_kernels_avx2();
 const MatrixKernels* matrix_kernels_avx512();
 const MatrixKernels* matrix_kernels_avx512vnni();
+const MatrixKernels* matrix_kernels_amx();
 #endif
 
 const MatrixKernels* matrix_kernels(int32_t isa) {
@@ -21,8 +22,9 @@ const MatrixKernels* matrix_kernels(int32_t isa) {
     case KT_ISA_AVX512:
       return matrix_kernels_avx512();
     case KT_ISA_AVX512VNNI:
-    case KT_ISA_AMX:
       return matrix_kernels_avx512vnni();
+    case KT_ISA_AMX:
+      return matrix_kernels_amx();
 #endif
     default:
       return nullptr;

@@ -363,24 +363,31 @@ struct FromMemory : T {
   V::F min(int i) const { return V::load_f(mins + i * 16); }
 };
 
-template <class Format>
+// Takes the offset out again where signed lines are wanted (tiles).
+template <class Format, bool kSigned>
+inline void store_pair(uint8_t* lines, V::I lo, V::I hi) {
+  if constexpr (kSigned && Format::kOffset != 0) {
+    lo = V::sub8(lo, V::set8(Format::kOffset));
+    hi = V::sub8(hi, V::set8(Format::kOffset));
+  }
+  V::store(lines, lo);
+  V::store(lines + 64, hi);
+}
+
+template <class Format, bool kSigned>
 void decode_pairs(const Format& format, int b, uint8_t* lines) {
   V::I lo, hi;
   format.template pair<0>(b, &lo, &hi);
-  V::store(lines, lo);
-  V::store(lines + 64, hi);
+  store_pair<Format, kSigned>(lines, lo, hi);
   format.template pair<1>(b, &lo, &hi);
-  V::store(lines + 128, lo);
-  V::store(lines + 192, hi);
+  store_pair<Format, kSigned>(lines + 128, lo, hi);
   format.template pair<2>(b, &lo, &hi);
-  V::store(lines + 256, lo);
-  V::store(lines + 320, hi);
+  store_pair<Format, kSigned>(lines + 256, lo, hi);
   format.template pair<3>(b, &lo, &hi);
-  V::store(lines + 384, lo);
-  V::store(lines + 448, hi);
+  store_pair<Format, kSigned>(lines + 384, lo, hi);
 }
 
-template <class Format>
+template <class Format, bool kSigned>
 void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedTile* tile) {
   for (int half = 0; half < 16 / V::kRows; ++half) {
     const Format format(at, halves, nb, half);
@@ -389,7 +396,7 @@ void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedT
       if (half == 0) {
         prefetch<(Format::kStep + 63) / 64>(at + kAhead<Format, 8> + b * Format::kStep);
       }
-      decode_pairs(format, b, &tile->lines[8 * b][0] + half * 32);
+      decode_pairs<Format, kSigned>(format, b, &tile->lines[8 * b][0] + half * 32);
       for (int i = b * kPerBlock; i < (b + 1) * kPerBlock; ++i) {
         V::store_f(&tile->scale[i][half * 8], format.scale(i));
         if constexpr (Format::kMin) {
@@ -563,6 +570,9 @@ inline void gather_rows(const BandJob& job, int32_t first, int32_t count, const 
   }
 }
 
+#if KT_HAS_AMX
+#include "kernels/tiles_amx.inl"
+#else
 template <class Format, int M>
 __attribute__((noinline)) void few_rows(const BandJob& job) {
   const ActLayout at = act_layout(job.w->cols);
@@ -612,8 +622,10 @@ __attribute__((noinline)) void add_decoded(const BandJob& job, const DecodedTile
     }
     add_tile<M>(format, job.tile_blocks(tile), 8 * tile, x, at, nullptr, total);
 #pragma GCC unroll 16
-    for (int i = 0; i < M && i < count; ++i) {
-      V::store_f(out + i * job.out_stride, total[i]);
+    for (int i = 0; i < M; ++i) {
+      if (i < count) {
+        V::store_f(out + i * job.out_stride, total[i]);
+      }
     }
   }
 }
@@ -626,7 +638,8 @@ void add_decoded_rows(const BandJob& job, const DecodedTile& decoded, int32_t ti
     if (V::kMaxM > 6 && count > 6) {
       add_decoded<T, V::kMaxM>(job, decoded, tile, first, count);
     } else if (V::kMaxM > 4 && count > 4) {
-      add_decoded < T, V::kMaxM<6 ? V::kMaxM : 6>(job, decoded, tile, first, count);
+      constexpr int kSix = V::kMaxM < 6 ? V::kMaxM : 6;
+      add_decoded<T, kSix>(job, decoded, tile, first, count);
     } else if (count > 2) {
       add_decoded<T, 4>(job, decoded, tile, first, count);
     } else if (count == 2) {
@@ -638,46 +651,63 @@ void add_decoded_rows(const BandJob& job, const DecodedTile& decoded, int32_t ti
   }
 }
 
-template <class Format, class T>
-void multiply_format(const BandJob& job) {
-  if (job.m == 1) {
-    return few_rows<Format, 1>(job);
-  }
-  if (job.m == 2) {
-    return few_rows<Format, 2>(job);
-  }
-  if (job.m == 3) {
-    return few_rows<Format, 3>(job);
-  }
-  if (job.m == 4) {
-    return few_rows<Format, 4>(job);
+template <class Format>
+bool multiply_few(const BandJob& job) {
+  switch (job.m) {
+    case 1:
+      few_rows<Format, 1>(job);
+      return true;
+    case 2:
+      few_rows<Format, 2>(job);
+      return true;
+    case 3:
+      few_rows<Format, 3>(job);
+      return true;
+    case 4:
+      few_rows<Format, 4>(job);
+      return true;
+    default:
+      break;
   }
   if constexpr (V::kMaxM >= 8) {
     if (job.m <= 6) {
-      return few_rows<Format, 6>(job);
+      few_rows<Format, 6>(job);
+      return true;
     }
     if (job.m <= 8) {
-      return few_rows<Format, 8>(job);
+      few_rows<Format, 8>(job);
+      return true;
     }
   }
+  return false;
+}
+#endif
+
+template <class Format, class T>
+void multiply_format(const BandJob& job) {
+#if !KT_HAS_AMX  // there few rows go to the AVX-512 VNNI kernels
+  if (multiply_few<Format>(job)) {
+    return;
+  }
+#endif
   auto* decoded = static_cast<DecodedTile*>(job.scratch);
   const int64_t step = tile_bytes(job.w->type);
   const uint8_t* tiles = job.band + band_header(job.w->type, job.w->cols);
   for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
-    decode_to_memory<Format>(tiles + tile * step, job.band + tile * 32, job.tile_blocks(tile),
-                             decoded);
+    decode_to_memory<Format, KT_HAS_AMX != 0>(tiles + tile * step, job.band + tile * 32,
+                                              job.tile_blocks(tile), decoded);
     add_decoded_rows<T>(job, *decoded, tile);
   }
 }
 
-// Types kept as GGUF bytes: decode_block, then lines of (value + 128).
+// Types kept as GGUF bytes: decode_block, then lines of (value + 128), signed ones for tiles.
 void multiply_gguf(const BandJob& job) {
   const TypeTraits* traits = type_traits(job.w->type);
   auto* decoded = static_cast<DecodedTile*>(job.scratch);
   auto* block = reinterpret_cast<DecodedBlock*>(decoded + 1);
   const int64_t row_bytes =
       static_cast<int64_t>(job.w->cols) / traits->block_size * traits->block_bytes;
-  constexpr uint32_t kFlip = V::kDotU8 ? 0x80808080u : 0u;
+  constexpr uint32_t kFlip = V::kDotU8 && KT_HAS_AMX == 0 ? 0x80808080u : 0u;
   for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
     for (int32_t r = 0; r < kBandRows; ++r) {
       decode_block(job.w->type, job.band + r * row_bytes + tile * traits->block_bytes, block);
@@ -696,6 +726,7 @@ void multiply_gguf(const BandJob& job) {
   }
 }
 
+#if !KT_HAS_AMX
 // ---- F32, F16, BF16 ----
 // Two chains of fused multiply-adds, even and odd columns, added at the end.
 
@@ -763,8 +794,10 @@ __attribute__((noinline)) void float_rows(const BandJob& job, int32_t first, int
       }
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < M && i < count; ++i) {
-      V::store_f(job.out + (first + i) * job.out_stride + half * 8, V::add(even[i], odd[i]));
+    for (int i = 0; i < M; ++i) {
+      if (i < count) {
+        V::store_f(job.out + (first + i) * job.out_stride + half * 8, V::add(even[i], odd[i]));
+      }
     }
   }
 }
@@ -786,15 +819,21 @@ void multiply_float(const BandJob& job) {
     first += count;
   }
 }
+#endif
 
 void multiply_job(const BandJob& job) {
   switch (job.w->type) {
+#if KT_HAS_AMX
+    case kBF16:
+      return multiply_bf16(job);
+#else
     case kF32:
       return multiply_float<PairsF32>(job);
     case kF16:
       return multiply_float<PairsF16>(job);
     case kBF16:
       return multiply_float<PairsBF16>(job);
+#endif
     case kQ4_0:
       return multiply_format<Q4_0, Offset4>(job);
     case kQ4_1:
@@ -851,6 +890,7 @@ int64_t chains(int64_t rounds, Register start, Register operand, Step step) {
   return rounds * kChains;
 }
 
+#if !KT_HAS_AMX  // tiles have their own
 int64_t peak(int32_t kind, int64_t rounds) {
   if (kind == 0) {
     return 4 * V::kRows * chains(rounds, V::zero_i(), V::set8(3), [](V::I sum, V::I x) {
@@ -875,3 +915,4 @@ int64_t peak(int32_t kind, int64_t rounds) {
   return V::kRows * chains(rounds, V::zero(), V::set_f(0.5f),
                            [](V::F sum, V::F x) { return V::fma(x, x, sum); });
 }
+#endif

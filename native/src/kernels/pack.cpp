@@ -234,13 +234,13 @@ bool has_tiles(int32_t type) { return tile_bytes(type) != 0; }
 
 int64_t act_row_bytes(ActKind kind, int32_t cols) {
   return kind == kActQ8 ? align_up(act_layout(cols).end, 64)
-                        : align_up(static_cast<int64_t>(cols) * 4, 64);
+                        : float_row_bytes(cols) + 4 * align_up(cols, 32);
 }
 
 int64_t multiply_scratch_bytes(int32_t cols) {
-  // A decoded tile (256 columns of 16 rows: bytes, scales and mins) or one row as f32.
-  const int64_t row = align_up(static_cast<int64_t>(cols) * 4 + 1024, 64);
-  return row < 16384 ? 16384 : row;
+  // One row as f32 (scalar), or a decoded tile and what AMX keeps of 16 activation rows.
+  const int64_t row = float_row_bytes(cols);
+  return row < 32768 ? 32768 : row;
 }
 
 bool matrix_format(int32_t type, int32_t cols, ActKind* act, int64_t* band_bytes) {

@@ -10,6 +10,7 @@ struct V {
   static constexpr int kMaxFloatM = 8;
 
   static I load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static I load_i(const int32_t* p) { return _mm512_load_si512(p); }
   static void store(uint8_t* p, I x) { _mm512_storeu_si512(p, x); }
   static I zero_i() { return _mm512_setzero_si512(); }
   static I set8(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
@@ -35,6 +36,7 @@ struct V {
   static I sll32(I x, int n) { return _mm512_slli_epi32(x, static_cast<unsigned>(n)); }
   static I add32(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sub32(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I sub8(I a, I b) { return _mm512_sub_epi8(a, b); }
   static I add16(I a, I b) { return _mm512_add_epi16(a, b); }
   static I shuffle(I values, I index) { return _mm512_shuffle_epi8(values, index); }
   static I repeat128(const void* p) {

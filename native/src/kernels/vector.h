@@ -19,19 +19,19 @@ inline constexpr int kBlockPositions = kGroupPositions * kBlockGroups;
 
 // One block of keys and values against m query rows that share the KV head.
 struct AttendBlock {
-  const float* q;           // [m, head_dim], already scaled
+  const float* q;               // [m, head_dim], already scaled
   const void* k[kBlockGroups];  // each [head_dim, 16]: position is the fast index
   const void* v[kBlockGroups];  // each [16, padded_dim]
-  const int32_t* limits;    // [m] how many positions of this block each row may see, <= 0: none
-  float* max;               // [m] running maximum, -inf at the start
-  float* sum;               // [m] running sum of exp(score - max)
-  float* acc;               // [m, padded_dim] running sum of exp(score - max) * v
-  float* scores;            // scratch [m, 64]
+  const int32_t* limits;        // [m] how many positions of this block each row may see, <= 0: none
+  float* max;                   // [m] running maximum, -inf at the start
+  float* sum;                   // [m] running sum of exp(score - max)
+  float* acc;                   // [m, padded_dim] running sum of exp(score - max) * v
+  float* scores;                // scratch [m, 64]
   int32_t m;
   int32_t head_dim;
-  int32_t padded_dim;       // head_dim rounded up to 16; the padding of v is zero
-  int32_t num_positions;    // valid positions of the block, 1 .. 64; the rest is not read as v
-  int32_t kv_type;          // KT_KV_x
+  int32_t padded_dim;     // head_dim rounded up to 16; the padding of v is zero
+  int32_t num_positions;  // valid positions of the block, 1 .. 64; the rest is not read as v
+  int32_t kv_type;        // KT_KV_x
   int32_t reserved;
 };
 

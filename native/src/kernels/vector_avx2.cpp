@@ -22,13 +22,17 @@ inline void store(float* p, Vec x) {
 }
 inline Vec load_part(const float* p, int n, float rest) {
   float full[kLanes];
-  for (int i = 0; i < kLanes; ++i) full[i] = i < n ? p[i] : rest;
+  for (int i = 0; i < kLanes; ++i) {
+    full[i] = i < n ? p[i] : rest;
+  }
   return load(full);
 }
 inline void store_part(float* p, Vec x, int n) {
   float full[kLanes];
   store(full, x);
-  for (int i = 0; i < n; ++i) p[i] = full[i];
+  for (int i = 0; i < n; ++i) {
+    p[i] = full[i];
+  }
 }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }

@@ -4,7 +4,9 @@
 
 inline uint16_t float_to_bf16(float value) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    return static_cast<uint16_t>((bits >> 16) | 0x40);
+  }
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);  // nearest even
 }
 
@@ -59,7 +61,9 @@ inline Vec silu_mul_lanes(Vec gate, Vec up) {
 
 static void silu_mul(const float* gate, const float* up, int32_t n, float* out) {
   int32_t i = 0;
-  for (; i + 16 <= n; i += 16) store(out + i, silu_mul_lanes(load(gate + i), load(up + i)));
+  for (; i + 16 <= n; i += 16) {
+    store(out + i, silu_mul_lanes(load(gate + i), load(up + i)));
+  }
   if (i < n) {
     const Vec v = silu_mul_lanes(load_part(gate + i, n - i, 0), load_part(up + i, n - i, 0));
     store_part(out + i, v, n - i);
@@ -69,7 +73,9 @@ static void silu_mul(const float* gate, const float* up, int32_t n, float* out) 
 static void add_scaled(const float* a, float factor, const float* b, int32_t n, float* out) {
   const Vec f = set1(factor);
   int32_t i = 0;
-  for (; i + 16 <= n; i += 16) store(out + i, fma(f, load(b + i), load(a + i)));
+  for (; i + 16 <= n; i += 16) {
+    store(out + i, fma(f, load(b + i), load(a + i)));
+  }
   if (i < n) {
     const Vec v = fma(f, load_part(b + i, n - i, 0), load_part(a + i, n - i, 0));
     store_part(out + i, v, n - i);
@@ -79,8 +85,12 @@ static void add_scaled(const float* a, float factor, const float* b, int32_t n, 
 static void scale(float* x, float factor, int32_t n) {
   const Vec f = set1(factor);
   int32_t i = 0;
-  for (; i + 16 <= n; i += 16) store(x + i, mul(load(x + i), f));
-  if (i < n) store_part(x + i, mul(load_part(x + i, n - i, 0), f), n - i);
+  for (; i + 16 <= n; i += 16) {
+    store(x + i, mul(load(x + i), f));
+  }
+  if (i < n) {
+    store_part(x + i, mul(load_part(x + i, n - i, 0), f), n - i);
+  }
 }
 
 static void rope(float* x, const float* cos, const float* sin, int32_t half, int32_t neox) {
@@ -116,15 +126,21 @@ static void dot_tile(const float* w, int64_t w_stride, const float* x, int64_t x
                      float* out, int64_t out_stride) {
   Vec sum[R][M];
   for (int r = 0; r < R; ++r) {
-    for (int i = 0; i < M; ++i) sum[r][i] = set1(0.0f);
+    for (int i = 0; i < M; ++i) {
+      sum[r][i] = set1(0.0f);
+    }
   }
   int32_t c = 0;
   for (; c + 16 <= n; c += 16) {
     Vec wide[R];
-    for (int r = 0; r < R; ++r) wide[r] = load(w + r * w_stride + c);
+    for (int r = 0; r < R; ++r) {
+      wide[r] = load(w + r * w_stride + c);
+    }
     for (int i = 0; i < M; ++i) {
       const Vec input = load(x + i * x_stride + c);
-      for (int r = 0; r < R; ++r) sum[r][i] = fma(wide[r], input, sum[r][i]);
+      for (int r = 0; r < R; ++r) {
+        sum[r][i] = fma(wide[r], input, sum[r][i]);
+      }
     }
   }
   if (c < n) {
@@ -136,7 +152,9 @@ static void dot_tile(const float* w, int64_t w_stride, const float* x, int64_t x
     }
   }
   for (int i = 0; i < M; ++i) {
-    for (int r = 0; r < R; ++r) out[i * out_stride + r] = reduce_add(sum[r][i]);
+    for (int r = 0; r < R; ++r) {
+      out[i * out_stride + r] = reduce_add(sum[r][i]);
+    }
   }
 }
 
@@ -170,17 +188,25 @@ static int32_t argmax(const float* x, int32_t n, float* max_out) {
   // max(v, best) returns best when v is NaN.
   Vec best = set1(lowest);
   int32_t i = 0;
-  for (; i + 16 <= n; i += 16) best = max(load(x + i), best);
-  if (i < n) best = max(load_part(x + i, n - i, lowest), best);
+  for (; i + 16 <= n; i += 16) {
+    best = max(load(x + i), best);
+  }
+  if (i < n) {
+    best = max(load_part(x + i, n - i, lowest), best);
+  }
   const float value = reduce_max(best);
   *max_out = value;
   const Vec wanted = set1(value);
   for (i = 0; i + 16 <= n; i += 16) {
     const uint32_t mask = equal_mask(load(x + i), wanted);
-    if (mask != 0) return i + __builtin_ctz(mask);
+    if (mask != 0) {
+      return i + __builtin_ctz(mask);
+    }
   }
   for (; i < n; ++i) {
-    if (x[i] == value) return i;
+    if (x[i] == value) {
+      return i;
+    }
   }
   return 0;  // nothing but NaN
 }
@@ -196,12 +222,16 @@ static double sum_exp(const float* x, int32_t n, float max_value, float factor, 
     const int32_t end = n - i > 1024 ? i + 1024 : n;
     for (; i + 16 <= end; i += 16) {
       const Vec e = exp_lanes(mul(sub(load(x + i), top), f));
-      if (out != nullptr) store(out + i, e);
+      if (out != nullptr) {
+        store(out + i, e);
+      }
       sum = add(sum, e);
     }
     if (i < end) {
       const Vec part = exp_lanes(mul(sub(load_part(x + i, end - i, max_value), top), f));
-      if (out != nullptr) store_part(out + i, part, end - i);
+      if (out != nullptr) {
+        store_part(out + i, part, end - i);
+      }
       sum = add(sum, keep_first(part, end - i, set1(0.0f)));
       i = end;
     }
@@ -220,7 +250,9 @@ static void softmax(float* x, int32_t n) {
 static void store_k(int32_t kv_type, const float* k, int32_t head_dim, int32_t lane, void* group) {
   if (kv_type == KT_KV_F32) {
     auto* to = static_cast<float*>(group) + lane;
-    for (int32_t d = 0; d < head_dim; ++d) to[d * kLanes] = k[d];
+    for (int32_t d = 0; d < head_dim; ++d) {
+      to[d * kLanes] = k[d];
+    }
     return;
   }
   auto* to = static_cast<uint16_t*>(group) + lane;
@@ -263,16 +295,24 @@ static void score_tile(const AttendBlock& b, int32_t row, int32_t group) {
   const float* q = b.q + static_cast<int64_t>(row) * dim;
   Vec sum[M][G];
   for (int i = 0; i < M; ++i) {
-    for (int g = 0; g < G; ++g) sum[i][g] = set1(0.0f);
+    for (int g = 0; g < G; ++g) {
+      sum[i][g] = set1(0.0f);
+    }
   }
   const typename Kv::Stored* k[G];
-  for (int g = 0; g < G; ++g) k[g] = static_cast<const typename Kv::Stored*>(b.k[group + g]);
+  for (int g = 0; g < G; ++g) {
+    k[g] = static_cast<const typename Kv::Stored*>(b.k[group + g]);
+  }
   for (int32_t d = 0; d < dim; ++d) {
     Vec key[G];
-    for (int g = 0; g < G; ++g) key[g] = Kv::widen(k[g] + d * kLanes);
+    for (int g = 0; g < G; ++g) {
+      key[g] = Kv::widen(k[g] + d * kLanes);
+    }
     for (int i = 0; i < M; ++i) {
       const Vec value = set1(q[i * dim + d]);
-      for (int g = 0; g < G; ++g) sum[i][g] = fma(value, key[g], sum[i][g]);
+      for (int g = 0; g < G; ++g) {
+        sum[i][g] = fma(value, key[g], sum[i][g]);
+      }
     }
   }
   for (int i = 0; i < M; ++i) {
@@ -289,14 +329,20 @@ static void score_rows(const AttendBlock& b) {
   int32_t row = 0;
   for (; row + 4 <= b.m; row += 4) {
     int32_t g = 0;
-    for (; g + 2 <= groups; g += 2) score_tile<Kv, 4, 2>(b, row, g);
-    if (g < groups) score_tile<Kv, 4, 1>(b, row, g);
+    for (; g + 2 <= groups; g += 2) {
+      score_tile<Kv, 4, 2>(b, row, g);
+    }
+    if (g < groups) {
+      score_tile<Kv, 4, 1>(b, row, g);
+    }
   }
   for (; row < b.m; ++row) {
     if (groups == 4) {
       score_tile<Kv, 1, 4>(b, row, 0);
     } else {
-      for (int32_t g = 0; g < groups; ++g) score_tile<Kv, 1, 1>(b, row, g);
+      for (int32_t g = 0; g < groups; ++g) {
+        score_tile<Kv, 1, 1>(b, row, g);
+      }
     }
   }
 }
@@ -308,14 +354,16 @@ inline void soften_row(const AttendBlock& b, int32_t row) {
   float* s = b.scores + static_cast<int64_t>(row) * kBlockPositions;
   const int32_t seen = b.limits[row] < b.num_positions ? b.limits[row] : b.num_positions;
   if (seen <= 0) {  // nothing visible: this block leaves the row's state exactly as it was
-    for (int g = 0; g < kBlockGroups; ++g) store(s + g * kLanes, zero);
+    for (int g = 0; g < kBlockGroups; ++g) {
+      store(s + g * kLanes, zero);
+    }
     return;
   }
   Vec score[kBlockGroups];
   Vec top = lowest;
   for (int g = 0; g < kBlockGroups; ++g) {
-    score[g] = seen > g * kLanes ? keep_first(load(s + g * kLanes), seen - g * kLanes, lowest)
-                                 : lowest;
+    score[g] =
+        seen > g * kLanes ? keep_first(load(s + g * kLanes), seen - g * kLanes, lowest) : lowest;
     top = max(score[g], top);
   }
   const float before = b.max[row];
@@ -347,37 +395,55 @@ static void value_tile(const AttendBlock& b, int32_t row, int32_t col) {
   float* acc = b.acc + static_cast<int64_t>(row) * b.padded_dim + col;
   const float* p = b.scores + static_cast<int64_t>(row) * kBlockPositions;
   for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < N; ++j) sum[i][j] = load(acc + i * b.padded_dim + j * kLanes);
+    for (int j = 0; j < N; ++j) {
+      sum[i][j] = load(acc + i * b.padded_dim + j * kLanes);
+    }
   }
   for (int32_t pos = 0; pos < b.num_positions; ++pos) {
     const auto* v = static_cast<const typename Kv::Stored*>(b.v[pos / kLanes]) +
                     static_cast<int64_t>(pos % kLanes) * b.padded_dim + col;
     Vec value[N];
-    for (int j = 0; j < N; ++j) value[j] = Kv::widen(v + j * kLanes);
+    for (int j = 0; j < N; ++j) {
+      value[j] = Kv::widen(v + j * kLanes);
+    }
     for (int i = 0; i < M; ++i) {
       const Vec weight = set1(p[i * kBlockPositions + pos]);
-      for (int j = 0; j < N; ++j) sum[i][j] = fma(weight, value[j], sum[i][j]);
+      for (int j = 0; j < N; ++j) {
+        sum[i][j] = fma(weight, value[j], sum[i][j]);
+      }
     }
   }
   for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < N; ++j) store(acc + i * b.padded_dim + j * kLanes, sum[i][j]);
+    for (int j = 0; j < N; ++j) {
+      store(acc + i * b.padded_dim + j * kLanes, sum[i][j]);
+    }
   }
 }
 
 template <class Kv, int M>
 static void value_columns(const AttendBlock& b, int32_t row) {
   int32_t col = 0;
-  for (; col + 4 * kLanes <= b.padded_dim; col += 4 * kLanes) value_tile<Kv, M, 4>(b, row, col);
-  for (; col < b.padded_dim; col += kLanes) value_tile<Kv, M, 1>(b, row, col);
+  for (; col + 4 * kLanes <= b.padded_dim; col += 4 * kLanes) {
+    value_tile<Kv, M, 4>(b, row, col);
+  }
+  for (; col < b.padded_dim; col += kLanes) {
+    value_tile<Kv, M, 1>(b, row, col);
+  }
 }
 
 template <class Kv>
 static void attend_rows(const AttendBlock& b) {
   score_rows<Kv>(b);
-  for (int32_t row = 0; row < b.m; ++row) soften_row(b, row);
+  for (int32_t row = 0; row < b.m; ++row) {
+    soften_row(b, row);
+  }
   int32_t row = 0;
-  for (; row + 4 <= b.m; row += 4) value_columns<Kv, 4>(b, row);
-  for (; row < b.m; ++row) value_columns<Kv, 1>(b, row);
+  for (; row + 4 <= b.m; row += 4) {
+    value_columns<Kv, 4>(b, row);
+  }
+  for (; row < b.m; ++row) {
+    value_columns<Kv, 1>(b, row);
+  }
 }
 
 static void attend(const AttendBlock& block) {
@@ -392,7 +458,9 @@ static void attend(const AttendBlock& block) {
 
 static void merge(float* max_value, float* sum, float* acc, float part_max, float part_sum,
                   const float* part_acc, int32_t n) {
-  if (part_sum == 0.0f) return;  // the row saw nothing of this segment
+  if (part_sum == 0.0f) {
+    return;  // the row saw nothing of this segment
+  }
   const float top = part_max > *max_value ? part_max : *max_value;
   float old_factor[kLanes];
   float new_factor[kLanes];
@@ -408,6 +476,6 @@ static void merge(float* max_value, float* sum, float* acc, float part_max, floa
 }
 
 constexpr VectorKernels kTable = {
-    KT_VECTOR_ISA, rms_norm, silu_mul, add_scaled, scale,  rope,    dot_rows, softmax,
-    store_k,       store_v,  attend,   merge,      argmax, sum_exp,
+    KT_VECTOR_ISA, rms_norm, silu_mul, add_scaled, scale, rope,   dot_rows,
+    softmax,       store_k,  store_v,  attend,     merge, argmax, sum_exp,
 };

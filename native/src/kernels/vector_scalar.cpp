@@ -20,19 +20,23 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
-#define KT_LANES(expression)                               \
-  Vec r;                                                   \
-  for (int i = 0; i < kLanes; ++i) r.v[i] = (expression);  \
+#define KT_LANES(expression)                              \
+  Vec r;                                                  \
+  for (int i = 0; i < kLanes; ++i) r.v[i] = (expression); \
   return r
 
 inline Vec set1(float x) { KT_LANES(x); }
 inline Vec load(const float* p) { KT_LANES(p[i]); }
 inline Vec load_part(const float* p, int n, float rest) { KT_LANES(i < n ? p[i] : rest); }
 inline void store(float* p, Vec x) {
-  for (int i = 0; i < kLanes; ++i) p[i] = x.v[i];
+  for (int i = 0; i < kLanes; ++i) {
+    p[i] = x.v[i];
+  }
 }
 inline void store_part(float* p, Vec x, int n) {
-  for (int i = 0; i < n; ++i) p[i] = x.v[i];
+  for (int i = 0; i < n; ++i) {
+    p[i] = x.v[i];
+  }
 }
 inline Vec add(Vec a, Vec b) { KT_LANES(a.v[i] + b.v[i]); }
 inline Vec sub(Vec a, Vec b) { KT_LANES(a.v[i] - b.v[i]); }
@@ -63,7 +67,9 @@ inline float half_to_float(uint16_t h) {
     const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
     return bits_to_float(float_to_bits(value) | sign);
   }
-  if (exponent == 31) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent == 31) {
+    return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
+  }
   return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
@@ -71,8 +77,12 @@ inline uint16_t float_to_half(float value) {
   const uint32_t bits = float_to_bits(value);
   const auto sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00);
-  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
+  if (magnitude > 0x7f800000u) {
+    return static_cast<uint16_t>(sign | 0x7e00);
+  }
+  if (magnitude >= 0x477ff000u) {
+    return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
+  }
   if (magnitude < 0x38800000u) {  // subnormal: let the addition of 0.5 do the rounding
     const float sum = bits_to_float(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (float_to_bits(sum) - 0x3f000000u));
@@ -82,24 +92,32 @@ inline uint16_t float_to_half(float value) {
 }
 
 inline Vec load_f16(const uint16_t* p) { KT_LANES(half_to_float(p[i])); }
-inline Vec load_bf16(const uint16_t* p) { KT_LANES(bits_to_float(static_cast<uint32_t>(p[i]) << 16)); }
+inline Vec load_bf16(const uint16_t* p) {
+  KT_LANES(bits_to_float(static_cast<uint32_t>(p[i]) << 16));
+}
 
 inline float reduce_add(Vec a) {
   for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) a.v[i] += a.v[i + step];
+    for (int i = 0; i < step; ++i) {
+      a.v[i] += a.v[i + step];
+    }
   }
   return a.v[0];
 }
 inline float reduce_max(Vec a) {
   for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) a.v[i] = a.v[i] > a.v[i + step] ? a.v[i] : a.v[i + step];
+    for (int i = 0; i < step; ++i) {
+      a.v[i] = a.v[i] > a.v[i + step] ? a.v[i] : a.v[i + step];
+    }
   }
   return a.v[0];
 }
 // Bit i set where a[i] == b[i].
 inline uint32_t equal_mask(Vec a, Vec b) {
   uint32_t mask = 0;
-  for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(a.v[i] == b.v[i]) << i;
+  for (int i = 0; i < kLanes; ++i) {
+    mask |= static_cast<uint32_t>(a.v[i] == b.v[i]) << i;
+  }
   return mask;
 }
 

@@ -1,0 +1,328 @@
+// tiles_amx.inl: products of many rows in AMX tiles. Included by matrix_simd.inl for the AMX file.
+//
+// A tile C of 16 activation rows x 16 output rows takes one step of columns at a time:
+//   C[row][r] += sum over the step of A[row][k] * B[k][r]
+// B is R16 as it lies in memory: 64-byte lines of 16 output rows x 4 (int8) or 2 (bf16) columns.
+// int8 steps are as wide as a scale (32 or 16 columns), so that C is the exact integer that the
+// AVX-512 VNNI kernel computes, and is scaled by the same f32 operations: equal bits.
+
+// Tile instructions read memory behind the compiler's back (gcc's intrinsics declare none of it, or
+// eight bytes): everything stored at p and elsewhere must be in memory before them.
+inline void finish_stores(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+
+struct alignas(64) TileConfig {
+  uint8_t palette;
+  uint8_t start_row;
+  uint8_t reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
+// Tiles 0-3 are C, 4-5 A (a_rows x a_bytes), 6-7 B (b_rows lines).
+inline void configure_tiles(int a_rows, int a_bytes, int b_rows) {
+  TileConfig config = {};
+  config.palette = 1;
+  for (int i = 0; i < 8; ++i) {
+    config.rows[i] = static_cast<uint8_t>(i < 6 ? a_rows : b_rows);
+    config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? a_bytes : 64);
+  }
+  finish_stores(&config);
+  _tile_loadconfig(&config);
+}
+
+// Everything about up to 16 activation rows that one 256-column tile needs.
+struct alignas(64) RowGroup {
+  int8_t copy[16][256];  // rows gathered from arbitrary places; tile loads need one stride
+  int32_t sums[4][16][16];
+  float scale[16][8];
+  float sum[16][8];
+  float sum16[16][16];
+};
+
+// Address and stride of the int8 columns of 16 rows; x[i] points at the rows' prepared forms.
+inline const int8_t* gather_columns(const uint8_t* const* x, int32_t tile, int nb, RowGroup* group,
+                                    int64_t* stride) {
+  *stride = x[1] - x[0];
+  bool regular = *stride != 0;
+  for (int i = 2; i < 16; ++i) {
+    regular = regular && x[i] - x[i - 1] == *stride;
+  }
+  if (regular) {
+    return reinterpret_cast<const int8_t*>(x[0]) + kTileCols * tile;
+  }
+  for (int i = 0; i < 16; ++i) {
+    __builtin_memcpy(group->copy[i], x[i] + kTileCols * tile, static_cast<size_t>(32 * nb));
+  }
+  *stride = 256;
+  return group->copy[0];
+}
+
+// Integer sums of up to four steps from `step` on, into group->sums.
+template <int kCols>
+inline void multiply_steps(const int8_t* a, int64_t stride, const uint8_t* lines, int step,
+                           int count, RowGroup* group) {
+  a += step * kCols;
+  lines += step * kCols * 16;
+  const auto row_stride = static_cast<size_t>(stride);
+  _tile_zero(0);
+  _tile_loadd(4, a, row_stride);
+  _tile_loadd(6, lines, 64);
+  _tile_dpbssd(0, 4, 6);
+  _tile_stored(0, group->sums[0], 64);
+  if (count > 1) {
+    _tile_zero(1);
+    _tile_loadd(5, a + kCols, row_stride);
+    _tile_loadd(7, lines + 16 * kCols, 64);
+    _tile_dpbssd(1, 5, 7);
+    _tile_stored(1, group->sums[1], 64);
+  }
+  if (count > 2) {
+    _tile_zero(2);
+    _tile_loadd(4, a + 2 * kCols, row_stride);
+    _tile_loadd(6, lines + 32 * kCols, 64);
+    _tile_dpbssd(2, 4, 6);
+    _tile_stored(2, group->sums[2], 64);
+  }
+  if (count > 3) {
+    _tile_zero(3);
+    _tile_loadd(5, a + 3 * kCols, row_stride);
+    _tile_loadd(7, lines + 48 * kCols, 64);
+    _tile_dpbssd(3, 5, 7);
+    _tile_stored(3, group->sums[3], 64);
+  }
+}
+
+// Scales the sums of block b (in group->sums[unit] and, for 16-column scales, unit + 1).
+template <class T>
+inline __attribute__((always_inline)) void add_sums(const DecodedTile& w, const RowGroup& group,
+                                                    int b, int unit, V::F* total) {
+  if constexpr (T::kGroup16) {
+    const V::F scale0 = V::load_f(w.scale[2 * b]), scale1 = V::load_f(w.scale[2 * b + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      V::F part = V::mul(V::to_float(V::load_i(group.sums[unit][i])), scale0);
+      part = V::fma(V::to_float(V::load_i(group.sums[unit + 1][i])), scale1, part);
+      total[i] = V::fma(part, V::set_f(group.scale[i][b]), total[i]);
+    }
+    if constexpr (T::kMin) {
+      const V::F min0 = V::load_f(w.min[2 * b]), min1 = V::load_f(w.min[2 * b + 1]);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        total[i] = V::fnma(min0, V::set_f(group.sum16[i][2 * b]), total[i]);
+        total[i] = V::fnma(min1, V::set_f(group.sum16[i][2 * b + 1]), total[i]);
+      }
+    }
+  } else {
+    const V::F scale = V::load_f(w.scale[b]);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      total[i] = V::fma(V::to_float(V::load_i(group.sums[unit][i])),
+                        V::mul(scale, V::set_f(group.scale[i][b])), total[i]);
+    }
+    if constexpr (T::kMin) {
+      const V::F min = V::load_f(w.min[b]);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        total[i] = V::fnma(min, V::set_f(group.sum[i][b]), total[i]);
+      }
+    }
+  }
+}
+
+// Adds one decoded (signed) tile to rows [first, first + count), count <= 16.
+template <class T>
+__attribute__((noinline)) void add_decoded_16(const BandJob& job, const DecodedTile& decoded,
+                                              int32_t tile, int32_t first, int32_t count,
+                                              RowGroup* group) {
+  constexpr int kCols = T::kGroup16 ? 16 : 32;
+  constexpr int kUnits = 32 / kCols;  // steps per block
+  const ActLayout at = act_layout(job.w->cols);
+  const int nb = job.tile_blocks(tile);
+  const uint8_t* x[16];
+  gather_rows<16>(job, first, count, x);
+  int64_t stride;
+  const int8_t* a = gather_columns(x, tile, nb, group, &stride);
+  for (int i = 0; i < 16; ++i) {
+    const auto bytes = static_cast<size_t>(4 * nb);
+    __builtin_memcpy(group->scale[i], x[i] + at.scale + 32 * tile, bytes);
+    if constexpr (T::kMin) {
+      __builtin_memcpy(group->sum[i], x[i] + at.sum + 32 * tile, bytes);
+      __builtin_memcpy(group->sum16[i], x[i] + at.sum16 + 64 * tile, 2 * bytes);
+    }
+  }
+  finish_stores(group);
+  float* out = job.out + first * job.out_stride;
+  V::F total[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    total[i] = tile == 0 || i >= count ? V::zero() : V::load_f(out + i * job.out_stride);
+  }
+  for (int b = 0; b < nb; b += 4 / kUnits) {
+    const int left = kUnits * (nb - b);
+    multiply_steps<kCols>(a, stride, &decoded.lines[0][0], kUnits * b, left < 4 ? left : 4, group);
+    for (int unit = 0; unit < 4 && unit < left; unit += kUnits) {
+      add_sums<T>(decoded, *group, b + unit / kUnits, unit, total);
+    }
+  }
+  for (int i = 0; i < count; ++i) {
+    V::store_f(out + i * job.out_stride, total[i]);
+  }
+}
+
+template <class T>
+void add_decoded_rows(const BandJob& job, const DecodedTile& decoded, int32_t tile) {
+  if (tile == 0) {
+    configure_tiles(16, T::kGroup16 ? 16 : 32, T::kGroup16 ? 4 : 8);
+  }
+  // Behind the decoded tile and the block that multiply_gguf decodes into.
+  auto* group = reinterpret_cast<RowGroup*>(static_cast<uint8_t*>(job.scratch) + 8192);
+  for (int32_t first = 0; first < job.m; first += 16) {
+    const int32_t left = job.m - first;
+    add_decoded_16<T>(job, decoded, tile, first, left < 16 ? left : 16, group);
+  }
+  if (tile == job.num_tiles() - 1) {
+    _tile_release();
+  }
+}
+
+// ---- BF16 weights ----
+// Behind its f32 form a row is also prepared as hi + lo, both bf16 (hi = x rounded, lo = the rest
+// rounded): 16 bits of precision, where bf16 alone would cost a KL of 1.4e-3. Products with hi and
+// lo are summed in tiles of their own, added at the end; every number of rows takes this path, so
+// that a row's bits do not depend on its company.
+
+inline int64_t plane_bytes(int64_t cols) { return 2 * align_up(cols, 32); }
+
+// Planes hi and lo of one row, padded with zeros to 32 columns.
+void prepare_bf16(const float* x, int32_t cols, int32_t first, int32_t count, uint8_t* dst) {
+  const int64_t plane = plane_bytes(cols);
+  dst += float_row_bytes(cols);
+  for (int32_t start = 0; start < count; start += 16) {
+    const int32_t left = count - start;
+    const __mmask16 mask = left < 16 ? static_cast<__mmask16>((1u << left) - 1) : 0xffff;
+    const __m512 value = _mm512_maskz_loadu_ps(mask, x + start);
+    const auto hi = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+    const __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(hi), 16));
+    const auto lo = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_sub_ps(value, rounded)));
+    uint8_t* to = dst + 2 * static_cast<int64_t>(first + start);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), hi);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + plane), lo);
+  }
+  // The loop wrote whole groups of 16; one more may be missing up to a multiple of 32.
+  if (first + count == cols && align_up(cols, 32) != align_up(cols, 16)) {
+    const int64_t used = 2 * align_up(cols, 16);
+    __builtin_memset(dst + used, 0, 32);
+    __builtin_memset(dst + plane + used, 0, 32);
+  }
+}
+
+struct alignas(64) Bf16Scratch {
+  uint8_t tail[1024];        // last lines of a band, padded with zeros
+  float sums[2][16][16];     // hi, lo
+  uint8_t rows[2][16][512];  // gathered rows: 256 columns of hi and of lo
+};
+
+// Rows [first, first + count), count <= 16, of one band.
+__attribute__((noinline)) void bf16_rows(const BandJob& job, int32_t first, int32_t count,
+                                         Bf16Scratch* scratch) {
+  const int64_t cols = job.w->cols;
+  const int64_t plane = plane_bytes(cols);
+  const int64_t lines = (cols + 1) / 2;
+  const uint8_t* x[16];
+  gather_rows<16>(job, first, count, x);
+  for (const uint8_t*& row : x) {
+    row += float_row_bytes(cols);
+  }
+  int64_t stride = count > 1 ? x[1] - x[0] : 64;
+  bool regular = stride != 0;
+  for (int i = 2; i < count; ++i) {
+    regular = regular && x[i] - x[i - 1] == stride;
+  }
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int64_t line = 0; line < lines; line += 16) {
+    const uint8_t* b = job.band + 64 * line;
+    prefetch<16>(b + kAhead<Signed8, 2>);
+    if (line + 16 > lines) {
+      __builtin_memset(scratch->tail, 0, sizeof(scratch->tail));
+      __builtin_memcpy(scratch->tail, b, static_cast<size_t>(64 * (lines - line)));
+      b = scratch->tail;
+    }
+    const uint8_t* hi = x[0] + 4 * line;
+    const uint8_t* lo = hi + plane;
+    if (!regular) {
+      const int64_t offset = 4 * line % 512;
+      if (offset == 0) {
+        const int64_t left = plane - 4 * line;
+        const auto bytes = static_cast<size_t>(left < 512 ? left : 512);
+        for (int i = 0; i < count; ++i) {
+          __builtin_memcpy(scratch->rows[0][i], x[i] + 4 * line, bytes);
+          __builtin_memcpy(scratch->rows[1][i], x[i] + 4 * line + plane, bytes);
+        }
+      }
+      hi = &scratch->rows[0][0][0] + offset;
+      lo = &scratch->rows[1][0][0] + offset;
+    }
+    finish_stores(scratch);
+    const auto row_stride = static_cast<size_t>(regular ? stride : 512);
+    _tile_loadd(6, b, 64);
+    _tile_loadd(4, hi, row_stride);
+    _tile_loadd(5, lo, row_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+  }
+  _tile_stored(0, scratch->sums[0], 64);
+  _tile_stored(1, scratch->sums[1], 64);
+  for (int i = 0; i < count; ++i) {
+    V::store_f(job.out + (first + i) * job.out_stride,
+               V::add(V::load_f(scratch->sums[0][i]), V::load_f(scratch->sums[1][i])));
+  }
+}
+
+void multiply_bf16(const BandJob& job) {
+  auto* scratch = static_cast<Bf16Scratch*>(job.scratch);
+  for (int32_t first = 0; first < job.m; first += 16) {
+    const int32_t left = job.m - first;
+    const int32_t count = left < 16 ? left : 16;
+    if (first == 0 || count < 16) {
+      configure_tiles(count, 64, 16);
+    }
+    bf16_rows(job, first, count, scratch);
+  }
+  _tile_release();
+}
+
+// ---- peak rate ----
+
+int64_t peak(int32_t kind, int64_t rounds) {
+  if (kind < 0 || kind > 1) {
+    return 0;
+  }
+  alignas(64) uint8_t zeros[1024] = {};
+  configure_tiles(16, 64, 16);
+  finish_stores(zeros);
+  _tile_loadd(4, zeros, 64);
+  _tile_loadd(5, zeros, 64);
+  _tile_loadd(6, zeros, 64);
+  _tile_loadd(7, zeros, 64);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  // Tile intrinsics are volatile, so nothing here is moved or dropped.
+  for (int64_t round = 0; round < rounds; ++round) {
+    if (kind == 0) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_release();
+  return rounds * 4 * 16 * 16 * (kind == 0 ? 64 : 32);
+}
