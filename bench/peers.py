@@ -1,11 +1,13 @@
-"""Our server against another OpenAI-compatible one, on the same model file, by the same client.
+r"""Our server against another OpenAI-compatible one, on the same model file, by the same client.
 
 The servers run one after the other, several rounds in turn (A B A B ...), never at the same time:
-they would share the memory bandwidth that decides their speed. Command templates name {port} and
-{model}, for example
-  python bench/peers.py --model m.gguf --peer "llama-server --port {port} -m {model} -np 16 -c 65536"
+they would share the memory bandwidth that decides their speed. Command templates name {port},
+{model} and, where the server wants to know it, {clients} (the largest number), for example
+  python bench/peers.py --model m.gguf \
+    --peer "llama-server --port {port} -m {model} -np {clients} -c 65536"
 Prints tokens/s of every cell, the ratio ours / peer and, when the machine's read bandwidth is
-given, the share of the memory bound that each reaches (bound.py). Exit code 2 when a server does not work.
+given, the share of the memory bound that each reaches (bound.py). Exit code 2 when a server does
+not work.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from bench import bound, options, process, prompts, record, serve, stats, trace
 from bench.errors import BenchError
 
 _OURS = f"{sys.executable} -m kt_async --host 127.0.0.1 --port {{port}} --gguf_path {{model}}"
+_OURS += " --max_batch_size {clients}"
 _WARM_UP = (32, 8)  # prompt and output tokens of the first request
 
 
@@ -204,7 +207,9 @@ def header(ours: str, peer: str, has_bounds: bool) -> list[str]:
 def run_round(args: argparse.Namespace, contender: Contender, samples: Samples) -> None:
     """Start a contender, measure it, stop it."""
     port = process.free_port()
-    command = process.fill(contender.command, {"port": port, "model": args.model})
+    command = process.fill(
+        contender.command, {"port": port, "model": args.model, "clients": max(args.clients)}
+    )
     env = dict(os.environ, PYTHONPATH=str(record.ROOT))
     with process.Server(command, port, env=env) as server:
         ready = server.wait_ready(args.start_timeout)
@@ -260,6 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     contenders = (Contender("ours", args.ours), Contender("peer", args.peer))
     try:
+        if note := record.busy_note():
+            print(note)
         check_extra(args.extra)
         bounds = bounds_of(args)
         samples = compare(args, contenders)

@@ -72,6 +72,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def busy_note() -> str | None:
+    """A warning when other work takes part of the cores, which makes every time too long."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load < 0.5 * cores:
+        return None
+    return f"note: the machine is busy (load {load:.1f} on {cores} cores); times will be too long"
+
+
 def versions() -> dict[str, str]:
     """Python and the packages that decide speed, as far as they are installed."""
     found = {"python": platform.python_version()}

@@ -138,11 +138,14 @@ def render(lines: Sequence[Line]) -> str:
 
 
 def warnings(base: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why the comparison may not be fair: another CPU, or fewer than three runs."""
+    """Why the comparison may not be fair: another CPU, other work, or fewer than three runs."""
     found = []
     cpus = [{(r.get("machine") or {}).get("cpu") for r in records} for records in (base, new)]
     if cpus[0] != cpus[1]:
         found.append("the files come from different CPUs: compare ratios, not times")
+    machines = [r.get("machine") or {} for r in (*base, *new)]
+    if any(m.get("load_1min", 0) > 0.5 * m.get("cores", math.inf) for m in machines):
+        found.append("the machine was busy with other work: differences may come from that")
     counts = [
         len(values) for c in (base, new) for r in c for values in (r.get("runs") or {}).values()
     ]

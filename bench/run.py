@@ -192,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     out = record.ResultFile(args.out or record.ResultFile.default_path("serve"))
     try:
+        if note := record.busy_note():
+            print(note)
         starts = time_starts(args)
         with running_server(args) as server:
             cells = asyncio.run(measure_all(args, server, starts, out))

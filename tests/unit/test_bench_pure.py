@@ -281,6 +281,8 @@ class TestReport:
         other = result(1, itl_p50_ms=[1.0]) | {"machine": {"cpu": "b"}}
         found = report.warnings([result(1, itl_p50_ms=[1.0])], [other])
         assert ["CPU" in found[0], "three runs" in found[1]] == [True, True]
+        busy = result(1, itl_p50_ms=[1.0] * 3) | {"machine": {"load_1min": 3.0, "cores": 2}}
+        assert "busy" in "".join(report.warnings([busy], [busy]))
 
 
 class TestProcess:
@@ -428,3 +430,9 @@ def test_plots_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(BenchError, match="matplotlib is not installed"):
         plots.draw([], tmp_path / "stem", "title")
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(0.3, False), (999.0, True)])
+def test_busy_machine_is_noted(load: float, is_busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record.os, "getloadavg", lambda: (load, load, load))
+    assert (record.busy_note() is not None) == is_busy
