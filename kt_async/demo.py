@@ -1,7 +1,7 @@
 """The built-in demo model: what `python -m kt_async` serves when no model is named.
 
-A trained one may be packaged as `kt_async/data/demo.gguf`. Without it a small random Qwen3MoE is
-written once into the user's cache: real in every respect but the sense of its text.
+The trained one is packaged as `kt_async/data/demo.gguf`. Without it (a trimmed installation) a
+small random Qwen3MoE is written once into the user's cache: real but for the sense of its text.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from kt_async.model.synthetic import metadata_from_spec, random_tensors
 from kt_async.text.template import CHATML
 from kt_async.weights.writer import write_gguf
 
+# The trained model of the wheel and the repository; how it was made: bench/demo_model.
+PACKAGED = Path(str(files("kt_async"))) / "data" / "demo.gguf"
 # The number in the name changes whenever the generated file does.
 _FILE_NAME = "demo-random-2.gguf"
 _VOCAB_SIZE = 768
@@ -81,9 +83,8 @@ def demo_model_path(cache: Path | None = None) -> Path:
     cache: directory for the generated file, by default `~/.cache/kt_async`. Raises ConfigError
     when it cannot be written there.
     """
-    packaged = Path(str(files("kt_async"))) / "data" / "demo.gguf"
-    if packaged.exists():
-        return packaged
+    if PACKAGED.exists():
+        return PACKAGED
     path = (cache or Path.home() / ".cache" / "kt_async") / _FILE_NAME
     try:
         if not path.exists():

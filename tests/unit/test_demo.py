@@ -17,6 +17,11 @@ from kt_async.model.tensors import check_tensors
 from kt_async.weights.source import open_model
 
 
+@pytest.fixture(autouse=True)
+def _without_the_packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "PACKAGED", tmp_path / "nothing" / "demo.gguf")
+
+
 def test_demo_model_is_valid_and_quick(tmp_path: Path) -> None:
     start = time.perf_counter()
     path = demo.demo_model_path(tmp_path)
