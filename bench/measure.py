@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from bench import prompts, serve, stats, trace
+from bench import process, prompts, serve, stats, trace
 
 _FIRST_BYTE_RUNS = 20
 
@@ -24,11 +24,14 @@ class Measurement:
         target: serve.Target,
         vocab: int,
         seed: int,
+        pid: int | None = None,
     ) -> None:
+        """pid: the server's process when it is ours, to see how long it waits for a core."""
         self._args = args
         self._session = session
         self._target = target
         self._vocab = vocab
+        self._pid = pid
         self._seed = seed * 1_000_003  # far from the seeds that another run uses
 
     def prompt(self, num_tokens: int) -> list[int]:
@@ -60,11 +63,15 @@ class Measurement:
         runs: list[dict[str, float | None]] = []
         for index in range(args.runs + 1):
             load = [self.prompt(args.prompt_tokens) for _ in range(count)]
-            before = await self.counters()
+            before, cores = await self.counters(), self.core_seconds()
             streams = await serve.run_clients(self._session, self._target, load, args.max_tokens)
+            waited = process.wait_percent(cores, self.core_seconds())
             host = host_us_per_step(before, await self.counters())
             if index:
-                runs.append(trace.summarize(streams) | {"host_us_per_step": host})
+                runs.append(trace.summarize(streams) | {
+                    "host_us_per_step": host,
+                    "core_wait_percent": waited,
+                })  # fmt: skip
                 raw.append([trace.raw_sample(stream) for stream in streams])
         samples = {name: [run[name] for run in runs] for name in runs[0]}
         shape = {
@@ -73,6 +80,10 @@ class Measurement:
             "max_tokens": args.max_tokens,
         }
         return shape | cell(samples) | {"raw": raw}
+
+    def core_seconds(self) -> tuple[float, float] | None:
+        """Time the server's threads have run and waited for a core."""
+        return process.core_seconds(self._pid) if self._pid else None
 
     async def counters(self) -> dict[str, float]:
         """The server's metrics without labels; empty when it has none."""

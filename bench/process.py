@@ -84,6 +84,31 @@ def cpu_seconds(pid: int, proc: Path = Path("/proc")) -> float:
     return sum(nanos) / 1e9
 
 
+def core_seconds(pid: int) -> tuple[float, float] | None:
+    """Seconds that a process's threads have run and have waited for a core so far.
+
+    None when the process is gone or the kernel does not count.
+    """
+    run = waited = 0
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            fields = (task / "schedstat").read_text().split()
+            run, waited = run + int(fields[0]), waited + int(fields[1])
+    except (FileNotFoundError, ProcessLookupError, IndexError):
+        return None
+    return run / 1e9, waited / 1e9
+
+
+def wait_percent(
+    before: tuple[float, float] | None, after: tuple[float, float] | None
+) -> float | None:
+    """Share of its runnable time that a process waited for a core between two core_seconds."""
+    if before is None or after is None:
+        return None
+    run, waited = (b - a for a, b in zip(before, after, strict=True))
+    return 100 * waited / (run + waited) if run + waited > 0 else None
+
+
 def peak_rss_bytes(pid: int) -> int | None:
     """High-water mark of resident memory, or None when the process is gone."""
     try:

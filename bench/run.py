@@ -111,6 +111,7 @@ def cells_table(cells: Sequence[Mapping[str, Any]]) -> str:
         ("p95 ms", "itl_p95_ms"),
         ("p99 ms", "itl_p99_ms"),
         ("host us/step", "host_us_per_step"),
+        ("core wait %", "core_wait_percent"),
     )
     rows = []
     for entry in cells:
@@ -154,7 +155,9 @@ async def measure_all(
         target = serve.Target(base_url, name, stream_extra=extra)
         seed = args.seed if args.seed is not None else (time.time_ns() if args.url else 1)
         common["seed"] = seed
-        bench = measure.Measurement(args, session, target, vocab, seed)
+        bench = measure.Measurement(
+            args, session, target, vocab, seed, server.pid if server else None
+        )
         figures: dict[str, float] = {}
 
         def keep(kind: str, entry: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ def test_run_measures_everything(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for figure in ("/health ready", "idle server", "first SSE byte", "host time"):
         assert figure in done.stdout
+    assert "core wait" in done.stdout
     kinds = [entry["kind"] for entry in record.read(out)]
     assert kinds == ["start", "first_byte", "prefill", "serve", "serve", "memory"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,14 @@ class TestProcess:
     def test_stat_line_with_spaces_in_the_name(self) -> None:
         fields = " ".join(str(i) for i in range(4, 53))
         assert process.parse_stat(f"12 (a ) b) S {fields}") == 14 + 15
+
+    def test_waiting_for_a_core(self) -> None:
+        assert process.wait_percent((1.0, 2.0), (4.0, 3.0)) == 25
+        assert process.wait_percent((1.0, 2.0), (1.0, 2.0)) is None
+        assert process.wait_percent(None, (1.0, 2.0)) is None
+        assert process.core_seconds(2**22 + 1) is None
+        found = process.core_seconds(os.getpid())
+        assert found is None or found[0] > 0
 
     def test_fill(self) -> None:
         command = process.fill("run -m '{model}' --port {port} {x}", {"port": 7, "model": "a b"})
