@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import pyplot
 
+from bench import sched_replay
 from kt_async.engine.types import GenerationRequest, SamplingParams
 from kt_async.ffi import structs
 from kt_async.ffi.scheduler import Scheduler
@@ -116,12 +117,17 @@ def run_reserve(trace: list[Chat], limits: Limits) -> None:
 
 
 def run_native(
-    trace: list[Chat], limits: Limits, target_itl_s: float = 0.0, has_cache: bool = True
+    trace: list[Chat],
+    limits: Limits,
+    target_itl_s: float = 0.0,
+    has_cache: bool = True,
+    journal: Path | None = None,
 ) -> dict[str, int]:
     """The native scheduler; fills token_s of every chat and returns its counters."""
     config = structs.sized(
         structs.SchedConfig,
-        flags=structs.KT_SCHED_PREFIX_CACHE if has_cache else 0,
+        flags=(structs.KT_SCHED_PREFIX_CACHE if has_cache else 0)
+        | (structs.KT_SCHED_JOURNAL if journal else 0),
         max_batch_size=limits.max_batch_size,
         chunk_size=limits.chunk_size,
         page_size=PAGE_SIZE,
@@ -155,6 +161,9 @@ def run_native(
                     trace[int(event["seq_id"]) - 1].token_s.append(now)
                 elif event["kind"] == structs.KT_EVENT_FINISH:
                     num_ended += 1
+        if journal:
+            text = b"".join(iter(scheduler.journal, b""))
+            journal.write_text(sched_replay.write_header(config) + text.decode(), "ascii")
         return scheduler.stats()
 
 
@@ -203,6 +212,13 @@ def plot(traces: dict[str, list[Chat]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def record(path: Path) -> int:
+    """Command line part of bench/scheduler.py --record."""
+    stats = run_native(make_trace(), Limits(), journal=path)
+    print(f"{path}: {stats['submitted']} requests in {stats['steps']} steps")
+    return 0
 
 
 def main(out: Path) -> int:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from bench import sched_replay
+from bench import sched_compare, sched_replay
 from bench.errors import BenchError
 from kt_async.ffi import structs
 from tests.native.sched_sim import Sim
@@ -71,3 +71,21 @@ def test_command_line(tmp_path, capsys):
     assert sched_replay.main(path) == 2
     with pytest.raises(BenchError, match="first line"):
         sched_replay.replay("{]\n")
+
+
+def test_pages_on_demand_beat_reserving_them_on_the_same_trace(tmp_path):
+    figures, traces = sched_compare.compare(sched_compare.Limits(max_batch_size=16))
+    reserve, demand = figures["reserve"], figures["on demand, no cache"]
+    assert demand["tokens/s"] >= reserve["tokens/s"]
+    assert demand["ttft p50"] < reserve["ttft p50"]
+    assert figures["on demand"]["ttft p99"] < demand["ttft p99"]
+    assert figures["on demand, itl 0.5 s"]["itl p99"] < 0.55 < figures["on demand"]["itl p99"]
+    sched_compare.plot(traces, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_recorded_trace_replays(tmp_path, capsys):
+    path = tmp_path / "journal.txt"
+    assert sched_compare.record(path) == 0
+    assert sched_replay.main(path) == 0
+    assert "bit by bit" in capsys.readouterr().out
