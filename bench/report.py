@@ -94,19 +94,19 @@ def compare(
 def compare_files(
     base: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], floor: float = _FLOOR
 ) -> tuple[list[Line], list[str]]:
-    """All compared figures, and a sentence for each that only the base file has.
+    """All compared figures, and a sentence for each cell that the new file lacks.
 
     Raises BenchError when the files have no figure in common.
     """
     old_cells, new_cells = cells_of(base), cells_of(new)
     lines, missing = [], []
     for cell, metrics in old_cells.items():
-        for metric, samples in metrics.items():
-            others = new_cells.get(cell, {}).get(metric, [])
-            if samples and others:
-                lines.append(compare(cell, metric, samples, others, floor))
-            elif samples:
-                missing.append(f"{describe(cell)}: no {metric} in the new file")
+        others = new_cells.get(cell, {})
+        for metric in (name for name, samples in metrics.items() if samples and others.get(name)):
+            lines.append(compare(cell, metric, metrics[metric], others[metric], floor))
+        if lost := [name for name, samples in metrics.items() if samples and not others.get(name)]:
+            what = ", ".join(lost) if others else "such cell"
+            missing.append(f"{describe(cell)}: no {what} in the new file")
     if not lines:
         raise BenchError("the two files have no figure in common")
     return lines, missing
@@ -146,9 +146,9 @@ def warnings(base: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
     machines = [r.get("machine") or {} for r in (*base, *new)]
     if any(m.get("load_1min", 0) > 0.5 * m.get("cores", math.inf) for m in machines):
         found.append("the machine was busy with other work: differences may come from that")
-    counts = [
-        len(values) for c in (base, new) for r in c for values in (r.get("runs") or {}).values()
-    ]
+    # Start-up and memory are there once or a few times; the others are what runs repeat.
+    repeated = [r for r in (*base, *new) if r["kind"] in ("serve", "prefill", "peers")]
+    counts = [len(values) for r in repeated for values in (r.get("runs") or {}).values()]
     if counts and min(counts) < 3:
         found.append("fewer than three runs of a figure: its noise is a guess")
     return found

@@ -254,7 +254,7 @@ class TestReport:
         base = [result(1, itl_p50_ms=[5.0]), result(4, itl_p50_ms=[9.0])]
         lines, missing = report.compare_files(base, [result(1, itl_p50_ms=[5.0])])
         assert len(lines) == 1
-        assert missing == ["serve clients 4: no itl_p50_ms in the new file"]
+        assert missing == ["serve clients 4: no such cell in the new file"]
         with pytest.raises(BenchError, match="no figure in common"):
             report.compare_files(base, [result(2, itl_p50_ms=[5.0])])
 
