@@ -2,7 +2,7 @@
 //
 // Each format is described once, by a function that moves bits between a row's GGUF blocks and a
 // tile; the template parameter says in which direction. So unpack is the inverse of pack by
-// construction. Destinations are zeroed first, because words are put together by OR.
+// construction. Bands and blocks are zeroed first: missing rows, and bits put together by OR.
 #include "kernels/pack.h"
 
 #include <cstring>
@@ -20,14 +20,45 @@ uint32_t load32(const uint8_t* p) {
 }
 void store32(uint8_t* p, uint32_t value) { std::memcpy(p, &value, 4); }
 
-// Moves the bits of `mask` at bit `gguf_shift` of four GGUF bytes from or to bit `tile_shift` of
-// a tile word.
+uint64_t load64(const uint8_t* p) {
+  uint64_t value;
+  std::memcpy(&value, p, 8);
+  return value;
+}
+void store64(uint8_t* p, uint64_t value) { std::memcpy(p, &value, 8); }
+
+constexpr uint64_t kNibbles = 0x0f0f0f0f0f0f0f0fu;
+constexpr uint32_t kPairs = 0x03030303u;
+constexpr uint32_t kBits = 0x01010101u;
+
+// Nibbles at bit `shift` of eight GGUF bytes (eight columns) <-> one tile word, which holds the
+// first four in its low nibbles and the others in its high ones.
 template <bool kPack>
-inline void move_word(uint8_t* gguf, int gguf_shift, uint32_t mask, uint8_t* tile, int tile_shift) {
+inline void move_nibbles(uint8_t* gguf, int shift, uint8_t* word) {
   if constexpr (kPack) {
-    store32(tile, load32(tile) | ((load32(gguf) >> gguf_shift) & mask) << tile_shift);
+    const uint64_t bits = (load64(gguf) >> shift) & kNibbles;
+    store32(word, static_cast<uint32_t>(bits | bits >> 28));
   } else {
-    store32(gguf, load32(gguf) | ((load32(tile) >> tile_shift) & mask) << gguf_shift);
+    const uint64_t bits = load32(word);
+    store64(gguf, load64(gguf) | ((bits | bits << 28) & kNibbles) << shift);
+  }
+}
+
+// Bits of `mask` at bit `shift` of 4 * kCount GGUF bytes <-> one tile word, four bytes after the
+// other at bits 0, kStep, 2 kStep ..
+template <bool kPack, int kCount, int kStep>
+inline void move_planes32(uint8_t* gguf, int shift, uint32_t mask, uint8_t* word) {
+  if constexpr (kPack) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kCount; ++i) {
+      bits |= ((load32(gguf + 4 * i) >> shift) & mask) << (kStep * i);
+    }
+    store32(word, bits);
+  } else {
+    const uint32_t bits = load32(word);
+    for (int i = 0; i < kCount; ++i) {
+      store32(gguf + 4 * i, load32(gguf + 4 * i) | ((bits >> (kStep * i)) & mask) << shift);
+    }
   }
 }
 
@@ -40,38 +71,35 @@ inline void move_bytes(uint8_t* gguf, uint8_t* tile, size_t count) {
   }
 }
 
-constexpr uint32_t kNibbles = 0x0f0f0f0fu;
-constexpr uint32_t kPairs = 0x03030303u;
-constexpr uint32_t kBits = 0x01010101u;
-
-// Word of 4 columns, group g = k / 4 counted from the first column of the nibble plane.
-inline uint8_t* nibble_word(uint8_t* tile, int g, int row) { return tile + g / 2 * 64 + row * 4; }
+// Tile word of columns 8 i .. 8 i + 7, counted from the first column of the nibble plane.
+inline uint8_t* nibble_word(uint8_t* tile, int i, int row) { return tile + i * 64 + row * 4; }
 
 // Nibbles of one 32-block whose low nibbles are columns 0..15 and high nibbles 16..31.
 template <bool kPack>
 void move_nibbles32(uint8_t* qs, uint8_t* lines, int row) {
-  for (int g = 0; g < 8; ++g) {
-    move_word<kPack>(qs + g % 4 * 4, g / 4 * 4, kNibbles, nibble_word(lines, g, row), 4 * (g & 1));
+  for (int i = 0; i < 4; ++i) {
+    move_nibbles<kPack>(qs + i % 2 * 8, i / 2 * 4, nibble_word(lines, i, row));
   }
 }
 
 // Nibbles of a Q4_K or Q5_K block: 64 columns share 32 bytes.
 template <bool kPack>
 void move_nibbles_k(uint8_t* qs, uint8_t* lines, int row) {
-  for (int g = 0; g < 64; ++g) {
-    move_word<kPack>(qs + g / 16 * 32 + g % 8 * 4, g % 16 / 8 * 4, kNibbles,
-                     nibble_word(lines, g, row), 4 * (g & 1));
+  for (int i = 0; i < 32; ++i) {
+    move_nibbles<kPack>(qs + i / 8 * 32 + i % 4 * 8, i % 8 / 4 * 4, nibble_word(lines, i, row));
   }
 }
 
-// Top bits of a 32-block: bit k of a word <-> bit k / 4 of byte k % 4.
+// Top bits of a 32-block: bit k of a word <-> bit k / 4 of byte k % 4. The products spread four
+// bits over four bytes and gather them again.
 template <bool kPack>
 void move_bits32(uint8_t* high, uint8_t* line, int row) {
   uint8_t* word = line + row * 4;
-  uint32_t from = load32(kPack ? high : word), to = 0;
-  for (int k = 0; k < 32; ++k) {
-    const int spread = k / 4 + 8 * (k % 4);
-    to |= kPack ? ((from >> k) & 1u) << spread : ((from >> spread) & 1u) << k;
+  const uint32_t from = load32(kPack ? high : word);
+  uint32_t to = 0;
+  for (int i = 0; i < 8; ++i) {
+    to |= kPack ? (((from >> (4 * i) & 15u) * 0x00204081u) & kBits) << i
+                : (((from >> i & kBits) * 0x01020408u) >> 24 & 15u) << (4 * i);
   }
   store32(kPack ? word : high, to);
 }
@@ -147,9 +175,8 @@ void move_q4_k(uint8_t* block, uint8_t* tile, int row) {
 template <bool kPack>
 void move_q5_k(uint8_t* block, uint8_t* tile, int row) {
   move_nibbles_k<kPack>(block + 48, tile, row);
-  for (int g = 0; g < 64; ++g) {  // bit b of high byte l is column 32 b + l
-    move_word<kPack>(block + 16 + g % 8 * 4, g / 8, kBits, tile + 2048 + g / 8 * 64 + row * 4,
-                     g % 8);
+  for (int b = 0; b < 8; ++b) {  // bit b of high byte l is column 32 b + l
+    move_planes32<kPack, 8, 1>(block + 16, b, kBits, tile + 2048 + b * 64 + row * 4);
   }
   move_planes<kPack>(block + 4, tile + 2560, 12, row);
   move_half<kPack>(block, tile + 2752, row);
@@ -159,12 +186,15 @@ void move_q5_k(uint8_t* block, uint8_t* tile, int row) {
 // halves: the d of this tile, before the first tile of the band.
 template <bool kPack>
 void move_q6_k(uint8_t* block, uint8_t* halves, uint8_t* tile, int row) {
-  for (int g = 0; g < 64; ++g) {
-    const int half = g / 32, quarter = g % 32 / 8, l = g % 8 * 4;
-    move_word<kPack>(block + half * 64 + (quarter & 1) * 32 + l, 4 * (quarter >> 1), kNibbles,
-                     nibble_word(tile, g, row), 4 * (g & 1));
-    move_word<kPack>(block + 128 + half * 32 + l, 2 * quarter, kPairs,
-                     tile + 2048 + g / 4 * 64 + row * 4, 2 * (g % 4));
+  for (int i = 0; i < 32; ++i) {
+    const int half = i / 16, quarter = i % 16 / 4, l = i % 4 * 8;
+    move_nibbles<kPack>(block + half * 64 + (quarter & 1) * 32 + l, 4 * (quarter >> 1),
+                        nibble_word(tile, i, row));
+  }
+  for (int i = 0; i < 16; ++i) {
+    const int half = i / 8, quarter = i % 8 / 2, l = i % 2 * 16;
+    move_planes32<kPack, 4, 2>(block + 128 + half * 32 + l, 2 * quarter, kPairs,
+                               tile + 2048 + i * 64 + row * 4);
   }
   move_planes<kPack>(block + 192, tile + 3072, 16, row);
   move_half<kPack>(block + 208, halves, row);
