@@ -32,8 +32,8 @@ inline void configure_tiles(int a_rows, int a_bytes, int b_rows) {
 
 // Everything about up to 16 activation rows that one 256-column tile needs.
 struct alignas(64) RowGroup {
-  int8_t copy[16][256];  // rows gathered from arbitrary places; tile loads need one stride
-  int32_t sums[4][16][16];
+  int8_t copy[16][256];        // rows gathered from arbitrary places; tile loads need one stride
+  int32_t sums[2][4][16][16];  // two batches of steps: one in the tiles' hands, one being scaled
   float scale[16][8];
   float sum[16][8];
   float sum16[16][16];
@@ -57,10 +57,10 @@ inline const int8_t* gather_columns(const uint8_t* const* x, int32_t tile, int n
   return group->copy[0];
 }
 
-// Integer sums of up to four steps from `step` on, into group->sums.
+// Integer sums of up to four steps from `step` on.
 template <int kCols>
 inline void multiply_steps(const int8_t* a, int64_t stride, const uint8_t* lines, int step,
-                           int count, RowGroup* group) {
+                           int count, int32_t (*sums)[16][16]) {
   a += step * kCols;
   lines += step * kCols * 16;
   const auto row_stride = static_cast<size_t>(stride);
@@ -68,40 +68,41 @@ inline void multiply_steps(const int8_t* a, int64_t stride, const uint8_t* lines
   _tile_loadd(4, a, row_stride);
   _tile_loadd(6, lines, 64);
   _tile_dpbssd(0, 4, 6);
-  _tile_stored(0, group->sums[0], 64);
+  _tile_stored(0, sums[0], 64);
   if (count > 1) {
     _tile_zero(1);
     _tile_loadd(5, a + kCols, row_stride);
     _tile_loadd(7, lines + 16 * kCols, 64);
     _tile_dpbssd(1, 5, 7);
-    _tile_stored(1, group->sums[1], 64);
+    _tile_stored(1, sums[1], 64);
   }
   if (count > 2) {
     _tile_zero(2);
     _tile_loadd(4, a + 2 * kCols, row_stride);
     _tile_loadd(6, lines + 32 * kCols, 64);
     _tile_dpbssd(2, 4, 6);
-    _tile_stored(2, group->sums[2], 64);
+    _tile_stored(2, sums[2], 64);
   }
   if (count > 3) {
     _tile_zero(3);
     _tile_loadd(5, a + 3 * kCols, row_stride);
     _tile_loadd(7, lines + 48 * kCols, 64);
     _tile_dpbssd(3, 5, 7);
-    _tile_stored(3, group->sums[3], 64);
+    _tile_stored(3, sums[3], 64);
   }
 }
 
-// Scales the sums of block b (in group->sums[unit] and, for 16-column scales, unit + 1).
+// Scales the sums of block b (in sums[unit] and, for 16-column scales, unit + 1).
 template <class T>
 inline __attribute__((always_inline)) void add_sums(const DecodedTile& w, const RowGroup& group,
-                                                    int b, int unit, V::F* total) {
+                                                    const int32_t (*sums)[16][16], int b, int unit,
+                                                    V::F* total) {
   if constexpr (T::kGroup16) {
     const V::F scale0 = V::load_f(w.scale[2 * b]), scale1 = V::load_f(w.scale[2 * b + 1]);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
-      V::F part = V::mul(V::to_float(V::load_i(group.sums[unit][i])), scale0);
-      part = V::fma(V::to_float(V::load_i(group.sums[unit + 1][i])), scale1, part);
+      V::F part = V::mul(V::to_float(V::load_i(sums[unit][i])), scale0);
+      part = V::fma(V::to_float(V::load_i(sums[unit + 1][i])), scale1, part);
       total[i] = V::fma(part, V::set_f(group.scale[i][b]), total[i]);
     }
     if constexpr (T::kMin) {
@@ -116,7 +117,7 @@ inline __attribute__((always_inline)) void add_sums(const DecodedTile& w, const 
     const V::F scale = V::load_f(w.scale[b]);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
-      total[i] = V::fma(V::to_float(V::load_i(group.sums[unit][i])),
+      total[i] = V::fma(V::to_float(V::load_i(sums[unit][i])),
                         V::mul(scale, V::set_f(group.scale[i][b])), total[i]);
     }
     if constexpr (T::kMin) {
@@ -157,11 +158,21 @@ __attribute__((noinline)) void add_decoded_16(const BandJob& job, const DecodedT
   for (int i = 0; i < 16; ++i) {
     total[i] = tile == 0 || i >= count ? V::zero() : V::load_f(out + i * job.out_stride);
   }
-  for (int b = 0; b < nb; b += 4 / kUnits) {
-    const int left = kUnits * (nb - b);
-    multiply_steps<kCols>(a, stride, &decoded.lines[0][0], kUnits * b, left < 4 ? left : 4, group);
-    for (int unit = 0; unit < 4 && unit < left; unit += kUnits) {
-      add_sums<T>(decoded, *group, b + unit / kUnits, unit, total);
+  // The tiles work on one batch of steps while the vector units scale the one before: reading a
+  // tile's sums right behind its store would wait for the whole chain of load, dot and store.
+  const int num_steps = kUnits * nb;
+  const auto multiply_batch = [&](int step) {
+    const int left = num_steps - step;
+    multiply_steps<kCols>(a, stride, &decoded.lines[0][0], step, left < 4 ? left : 4,
+                          group->sums[step / 4 % 2]);
+  };
+  multiply_batch(0);
+  for (int step = 0; step < num_steps; step += 4) {
+    if (step + 4 < num_steps) {
+      multiply_batch(step + 4);
+    }
+    for (int unit = 0; unit < 4 && step + unit < num_steps; unit += kUnits) {
+      add_sums<T>(decoded, *group, group->sums[step / 4 % 2], (step + unit) / kUnits, unit, total);
     }
   }
   for (int i = 0; i < count; ++i) {
@@ -187,9 +198,9 @@ void add_decoded_rows(const BandJob& job, const DecodedTile& decoded, int32_t ti
 
 // ---- BF16 weights ----
 // Behind its f32 form a row is also prepared as hi + lo, both bf16 (hi = x rounded, lo = the rest
-// rounded): 16 bits of precision, where bf16 alone would cost a KL of 1.4e-3. Products with hi and
-// lo are summed in tiles of their own, added at the end; every number of rows takes this path, so
-// that a row's bits do not depend on its company.
+// rounded): 16 bits of precision, where bf16 alone would cost a KL of 1.4e-3. For every 32 columns
+// the products with hi, then those with lo are added to the sums. Every number of rows takes this
+// path, so that a row's bits do not depend on its company.
 
 inline int64_t plane_bytes(int64_t cols) { return 2 * align_up(cols, 32); }
 
@@ -217,77 +228,156 @@ void prepare_bf16(const float* x, int32_t cols, int32_t first, int32_t count, ui
 }
 
 struct alignas(64) Bf16Scratch {
-  uint8_t tail[1024];        // last lines of a band, padded with zeros
-  float sums[2][16][16];     // hi, lo
-  uint8_t rows[2][16][512];  // gathered rows: 256 columns of hi and of lo
+  uint8_t tail[1024];  // last lines of a band, padded with zeros
+  float sums[16][16];
+  uint8_t rows[16][2][512];  // gathered rows: 256 columns of hi and of lo
 };
 
-// Rows [first, first + count), count <= 16, of one band.
+// Where the planes of 16 rows lie for tile loads: base address and stride, 0 when the rows are not
+// equally far apart and must be gathered.
+struct PlaneRows {
+  const uint8_t* x[16];
+  int64_t stride;
+};
+
+inline void find_planes(const BandJob& job, int32_t first, int32_t count, PlaneRows* rows) {
+  gather_rows<16>(job, first, count, rows->x);
+  for (const uint8_t*& row : rows->x) {
+    row += float_row_bytes(job.w->cols);
+  }
+  rows->stride = count > 1 ? rows->x[1] - rows->x[0] : 64;
+  for (int i = 2; i < count; ++i) {
+    if (rows->x[i] - rows->x[i - 1] != rows->stride) {
+      rows->stride = 0;
+    }
+  }
+}
+
+// 16 weight lines (32 columns) from `line` on, padded with zeros behind the last column.
+inline const uint8_t* weight_lines(const BandJob& job, int64_t line, Bf16Scratch* scratch) {
+  const int64_t lines = (static_cast<int64_t>(job.w->cols) + 1) / 2;
+  const uint8_t* b = job.band + 64 * line;
+  prefetch<16>(b + kAhead<Signed8, 2>);
+  if (line + 16 <= lines) {
+    return b;
+  }
+  __builtin_memset(scratch->tail, 0, sizeof(scratch->tail));
+  __builtin_memcpy(scratch->tail, b, static_cast<size_t>(64 * (lines - line)));
+  return scratch->tail;
+}
+
+inline void store_rows(const BandJob& job, int32_t first, int32_t count, const float (*sums)[16]) {
+  finish_stores(sums);
+  for (int i = 0; i < count; ++i) {
+    V::store_f(job.out + (first + i) * job.out_stride, V::load_f(sums[i]));
+  }
+}
+
+// Rows [first, first + count), count <= 16, anywhere in memory.
 __attribute__((noinline)) void bf16_rows(const BandJob& job, int32_t first, int32_t count,
                                          Bf16Scratch* scratch) {
-  const int64_t cols = job.w->cols;
-  const int64_t plane = plane_bytes(cols);
-  const int64_t lines = (cols + 1) / 2;
-  const uint8_t* x[16];
-  gather_rows<16>(job, first, count, x);
-  for (const uint8_t*& row : x) {
-    row += float_row_bytes(cols);
-  }
-  int64_t stride = count > 1 ? x[1] - x[0] : 64;
-  bool regular = stride != 0;
-  for (int i = 2; i < count; ++i) {
-    regular = regular && x[i] - x[i - 1] == stride;
-  }
+  const int64_t plane = plane_bytes(job.w->cols);
+  PlaneRows rows;
+  find_planes(job, first, count, &rows);
   _tile_zero(0);
-  _tile_zero(1);
-  for (int64_t line = 0; line < lines; line += 16) {
-    const uint8_t* b = job.band + 64 * line;
-    prefetch<16>(b + kAhead<Signed8, 2>);
-    if (line + 16 > lines) {
-      __builtin_memset(scratch->tail, 0, sizeof(scratch->tail));
-      __builtin_memcpy(scratch->tail, b, static_cast<size_t>(64 * (lines - line)));
-      b = scratch->tail;
-    }
-    const uint8_t* hi = x[0] + 4 * line;
+  for (int64_t line = 0; 4 * line < plane; line += 16) {
+    const uint8_t* b = weight_lines(job, line, scratch);
+    const uint8_t* hi = rows.x[0] + 4 * line;
     const uint8_t* lo = hi + plane;
-    if (!regular) {
+    int64_t stride = rows.stride;
+    if (stride == 0) {
       const int64_t offset = 4 * line % 512;
       if (offset == 0) {
         const int64_t left = plane - 4 * line;
         const auto bytes = static_cast<size_t>(left < 512 ? left : 512);
         for (int i = 0; i < count; ++i) {
-          __builtin_memcpy(scratch->rows[0][i], x[i] + 4 * line, bytes);
-          __builtin_memcpy(scratch->rows[1][i], x[i] + 4 * line + plane, bytes);
+          __builtin_memcpy(scratch->rows[i][0], rows.x[i] + 4 * line, bytes);
+          __builtin_memcpy(scratch->rows[i][1], rows.x[i] + 4 * line + plane, bytes);
         }
       }
-      hi = &scratch->rows[0][0][0] + offset;
-      lo = &scratch->rows[1][0][0] + offset;
+      hi = scratch->rows[0][0] + offset;
+      lo = hi + 512;
+      stride = 1024;
     }
     finish_stores(scratch);
-    const auto row_stride = static_cast<size_t>(regular ? stride : 512);
+    const auto row_stride = static_cast<size_t>(stride);
     _tile_loadd(6, b, 64);
     _tile_loadd(4, hi, row_stride);
     _tile_loadd(5, lo, row_stride);
     _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(0, 5, 6);
+  }
+  _tile_stored(0, scratch->sums, 64);
+  store_rows(job, first, count, scratch->sums);
+}
+
+// Rows [first, first + 64), every 16 equally far apart: four tiles of sums share each weight tile.
+__attribute__((noinline)) void bf16_rows64(const BandJob& job, int32_t first,
+                                           const PlaneRows (&rows)[4], Bf16Scratch* scratch) {
+  const int64_t plane = plane_bytes(job.w->cols);
+  const auto s0 = static_cast<size_t>(rows[0].stride), s1 = static_cast<size_t>(rows[1].stride);
+  const auto s2 = static_cast<size_t>(rows[2].stride), s3 = static_cast<size_t>(rows[3].stride);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t line = 0; 4 * line < plane; line += 16) {
+    const uint8_t* b = weight_lines(job, line, scratch);
+    finish_stores(scratch);
+    const int64_t at = 4 * line;
+    _tile_loadd(6, b, 64);
+    _tile_loadd(4, rows[0].x[0] + at, s0);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, rows[1].x[0] + at, s1);
     _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(4, rows[2].x[0] + at, s2);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(5, rows[3].x[0] + at, s3);
+    _tile_dpbf16ps(3, 5, 6);
+    _tile_loadd(4, rows[0].x[0] + at + plane, s0);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, rows[1].x[0] + at + plane, s1);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(4, rows[2].x[0] + at + plane, s2);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(5, rows[3].x[0] + at + plane, s3);
+    _tile_dpbf16ps(3, 5, 6);
   }
-  _tile_stored(0, scratch->sums[0], 64);
-  _tile_stored(1, scratch->sums[1], 64);
-  for (int i = 0; i < count; ++i) {
-    V::store_f(job.out + (first + i) * job.out_stride,
-               V::add(V::load_f(scratch->sums[0][i]), V::load_f(scratch->sums[1][i])));
-  }
+  _tile_stored(0, scratch->sums, 64);
+  store_rows(job, first, 16, scratch->sums);
+  _tile_stored(1, scratch->sums, 64);
+  store_rows(job, first + 16, 16, scratch->sums);
+  _tile_stored(2, scratch->sums, 64);
+  store_rows(job, first + 32, 16, scratch->sums);
+  _tile_stored(3, scratch->sums, 64);
+  store_rows(job, first + 48, 16, scratch->sums);
 }
 
 void multiply_bf16(const BandJob& job) {
   auto* scratch = static_cast<Bf16Scratch*>(job.scratch);
-  for (int32_t first = 0; first < job.m; first += 16) {
+  int32_t configured = 0;
+  for (int32_t first = 0; first < job.m;) {
     const int32_t left = job.m - first;
     const int32_t count = left < 16 ? left : 16;
-    if (first == 0 || count < 16) {
+    if (count != configured) {
       configure_tiles(count, 64, 16);
+      configured = count;
+    }
+    if (left >= 64) {
+      PlaneRows rows[4];
+      bool regular = true;
+      for (int g = 0; g < 4; ++g) {
+        find_planes(job, first + 16 * g, 16, &rows[g]);
+        regular = regular && rows[g].stride != 0;
+      }
+      if (regular) {
+        bf16_rows64(job, first, rows, scratch);
+        first += 64;
+        continue;
+      }
     }
     bf16_rows(job, first, count, scratch);
+    first += count;
   }
   _tile_release();
 }
