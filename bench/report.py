@@ -99,11 +99,15 @@ def compare_files(
     Raises BenchError when the files have no figure in common.
     """
     old_cells, new_cells = cells_of(base), cells_of(new)
-    lines, missing = [], []
+    lines: list[Line] = []
+    missing: list[str] = []
     for cell, metrics in old_cells.items():
         others = new_cells.get(cell, {})
-        for metric in (name for name, samples in metrics.items() if samples and others.get(name)):
-            lines.append(compare(cell, metric, metrics[metric], others[metric], floor))
+        lines.extend(
+            compare(cell, metric, samples, others[metric], floor)
+            for metric, samples in metrics.items()
+            if samples and others.get(metric)
+        )
         if lost := [name for name, samples in metrics.items() if samples and not others.get(name)]:
             what = ", ".join(lost) if others else "such cell"
             missing.append(f"{describe(cell)}: no {what} in the new file")
