@@ -99,10 +99,8 @@ void down_bands(const ExpertJob& job, ExpertBuffers& buffers, int32_t worker, si
                                   kBandRows, buffers.scratch[w]);
         const int64_t to = (part.first_band + band) * kBandRows;
         const auto count = static_cast<int32_t>(std::min<int64_t>(kBandRows, down.rows - to));
-        for (int32_t r = 0; r < m; ++r) {
-          float* out = job.out + g.tokens[at + r] * job.out_stride + to;
-          job.vector->add_scaled(out, g.weights[at + r], temp + r * kBandRows, count, out);
-        }
+        job.vector->add_band(job.out + to, job.out_stride, g.tokens + at, g.weights + at, temp, m,
+                             count);
       }
     }
   }

@@ -82,6 +82,20 @@ static void add_scaled(const float* a, float factor, const float* b, int32_t n, 
   }
 }
 
+static void add_band(float* to, int64_t stride, const int32_t* rows, const float* factors,
+                     const float* sums, int32_t m, int32_t n) {
+  for (int32_t i = 0; i < m; ++i) {
+    float* row = to + rows[i] * stride;
+    const Vec factor = set1(factors[i]);
+    const Vec sum = load(sums + i * kLanes);
+    if (n == kLanes) {
+      store(row, fma(factor, sum, load(row)));
+    } else {
+      store_part(row, fma(factor, sum, load_part(row, n, 0.0f)), n);
+    }
+  }
+}
+
 static void scale(float* x, float factor, int32_t n) {
   const Vec f = set1(factor);
   int32_t i = 0;
@@ -476,6 +490,6 @@ static void merge(float* max_value, float* sum, float* acc, float part_max, floa
 }
 
 constexpr VectorKernels kTable = {
-    KT_VECTOR_ISA, rms_norm, silu_mul, add_scaled, scale, rope,   dot_rows,
-    softmax,       store_k,  store_v,  attend,     merge, argmax, sum_exp,
+    KT_VECTOR_ISA, rms_norm, silu_mul, add_scaled, add_band, scale,  rope,   dot_rows,
+    softmax,       store_k,  store_v,  attend,     merge,    argmax, sum_exp,
 };

@@ -7,24 +7,12 @@
 #include <string>
 
 #include "base/error.h"
-#include "model/philox.h"
 
 namespace kt {
 namespace {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr int32_t kChunk = 256;  // ids looked at together
-
-// Buckets by weight, four per power of two: exponent and two mantissa bits, read off the float's
-// representation, which orders non-negative floats. The last bucket holds everything below 2^-32.
-constexpr int32_t kBuckets = 128;
-
-int32_t bucket_of(float weight) {
-  constexpr int32_t kOne = 0x3f800000;
-  int32_t bits = 0;
-  std::memcpy(&bits, &weight, 4);
-  return std::clamp((kOne - bits) >> 21, 0, kBuckets - 1);
-}
 
 void check_params(const kt_sample_params& p, int32_t row) {
   const auto reject = [&](const char* field, float value, const char* limit) {
@@ -56,7 +44,11 @@ Sampler::Sampler(Workers& workers, const VectorKernels& vector, int32_t max_rows
   work_ = arena_.allocate_array<float>(int64_t{max_rows} * vocab_size);
   slices_.resize(static_cast<size_t>(max_rows) * static_cast<size_t>(num_slices_));
   scratch_.resize(static_cast<size_t>(workers.num_threads()));
-  for (auto& scratch : scratch_) scratch.reserve(static_cast<size_t>(vocab_size));
+  for (DrawScratch& scratch : scratch_) {
+    scratch.candidates.reserve(static_cast<size_t>(vocab_size));
+    scratch.chunk_max.resize(static_cast<size_t>((vocab_size + kDrawChunk - 1) / kDrawChunk));
+    scratch.order.resize(scratch.chunk_max.size());
+  }
 }
 
 void Sampler::prepare(const StepView& view, const float* logits, int64_t stride,
@@ -170,7 +162,7 @@ void Sampler::process_slice(int32_t row, int32_t slice) {
   }
 }
 
-void Sampler::finish_row(int32_t row, std::vector<Candidate>& scratch) {
+void Sampler::finish_row(int32_t row, DrawScratch& scratch) {
   const kt_sample_params& p = view_->samples[row];
   const SliceResult* parts =
       slices_.data() + static_cast<size_t>(row) * static_cast<size_t>(num_slices_);
@@ -188,7 +180,7 @@ void Sampler::finish_row(int32_t row, std::vector<Candidate>& scratch) {
   if (p.target >= 0) {
     token = p.target;
   } else if (p.temperature > 0.0f && std::isfinite(best)) {
-    token = draw(p, row, best, best_id, scratch);
+    token = draw(p, work(row), best, best_id, scratch);
   }
   out_.tokens[row] = token;
   if (!needs_raw(p)) return;
@@ -226,100 +218,6 @@ void Sampler::write_alternatives(int32_t row, int32_t count, double log_sum) {
   for (int32_t i = 0; i < filled; ++i) {
     logprobs[i] = static_cast<float>(static_cast<double>(values[ids[i]]) - log_sum);
   }
-}
-
-int32_t Sampler::draw(const kt_sample_params& p, int32_t row, float best, int32_t best_id,
-                      std::vector<Candidate>& scratch) {
-  float* weights = work(row);
-  const float inverse = 1.0f / p.temperature;
-  // So cold that the division overflows: the distribution is its maximum.
-  if (!std::isfinite(inverse)) return best_id;
-  double total = 0.0;
-  for (int32_t at = 0; at < sample_vocab_; at += kSlice) {
-    const int32_t n = std::min(kSlice, sample_vocab_ - at);
-    total += vector_.sum_exp(weights + at, n, best, inverse, weights + at);
-  }
-  Cut cut;
-  if (p.top_k > 0 && p.top_k < sample_vocab_) {
-    cut = cut_count(weights, p.top_k, scratch);
-    total = 0.0;
-    for (const Candidate& c : scratch) total += cut.keeps(c.weight, c.id) ? c.weight : 0.0;
-  }
-  if (p.top_p < 1.0f) cut = cut_mass(weights, static_cast<double>(p.top_p) * total, cut, scratch);
-  const float least = p.min_p;  // relative to the best token, whose weight is 1
-
-  double kept = 0.0;
-  const auto visit = [&](auto&& body) {
-    for (int32_t id = 0; id < sample_vocab_; ++id) {
-      const float w = weights[id];
-      if (w > 0.0f && w >= least && cut.keeps(w, id) && !body(w, id)) return;
-    }
-  };
-  visit([&](float w, int32_t) {
-    kept += static_cast<double>(w);
-    return true;
-  });
-  const double wanted = philox_uniform(p.seed, static_cast<uint64_t>(p.position)) * kept;
-  double seen = 0.0;
-  int32_t token = best_id;
-  visit([&](float w, int32_t id) {
-    seen += static_cast<double>(w);
-    token = id;
-    return seen <= wanted;
-  });
-  return token;
-}
-
-// Cut that keeps the k heaviest; scratch holds at least those on return.
-Sampler::Cut Sampler::cut_count(const float* weights, int32_t k,
-                                std::vector<Candidate>& scratch) const {
-  int32_t counts[kBuckets] = {};
-  for (int32_t id = 0; id < sample_vocab_; ++id) ++counts[bucket_of(weights[id])];
-  int32_t boundary = 0;
-  for (int32_t seen = counts[0]; seen < k; seen += counts[++boundary]) {
-  }
-  scratch.clear();
-  for (int32_t id = 0; id < sample_vocab_; ++id) {
-    if (bucket_of(weights[id]) <= boundary) scratch.push_back({weights[id], id});
-  }
-  const auto heavier = [](const Candidate& a, const Candidate& b) {
-    return a.weight > b.weight || (a.weight == b.weight && a.id < b.id);
-  };
-  std::nth_element(scratch.begin(), scratch.begin() + (k - 1), scratch.end(), heavier);
-  const Candidate& last = scratch[static_cast<size_t>(k) - 1];
-  Cut cut;
-  cut.weight = last.weight;
-  cut.id = last.id;
-  return cut;
-}
-
-// Cut that keeps the fewest heaviest tokens within `outer` whose sum reaches `mass`; always one.
-Sampler::Cut Sampler::cut_mass(const float* weights, double mass, const Cut& outer,
-                               std::vector<Candidate>& scratch) const {
-  double sums[kBuckets] = {};
-  for (int32_t id = 0; id < sample_vocab_; ++id) {
-    if (outer.keeps(weights[id], id)) sums[bucket_of(weights[id])] += weights[id];
-  }
-  int32_t boundary = 0;
-  double before = 0.0;
-  while (boundary < kBuckets - 1 && before + sums[boundary] < mass) before += sums[boundary++];
-  scratch.clear();
-  for (int32_t id = 0; id < sample_vocab_; ++id) {
-    if (outer.keeps(weights[id], id) && bucket_of(weights[id]) == boundary) {
-      scratch.push_back({weights[id], id});
-    }
-  }
-  std::sort(scratch.begin(), scratch.end(), [](const Candidate& a, const Candidate& b) {
-    return a.weight > b.weight || (a.weight == b.weight && a.id < b.id);
-  });
-  Cut cut = outer;
-  for (const Candidate& c : scratch) {
-    cut.weight = c.weight;
-    cut.id = c.id;
-    before += static_cast<double>(c.weight);
-    if (before >= mass) break;
-  }
-  return cut;
 }
 
 }  // namespace kt

@@ -3,10 +3,11 @@
 // DESIGN
 //  Phase 1: tasks are (logit row, slice of kSlice ids): the row's processed logits (penalties, bias,
 //  mask; written only for rows that need them), their maximum, and the raw logits' log-sum-exp.
-//  Barrier. Phase 2: tasks are rows: greedy rows pick the best slice; others turn the processed
-//  logits into weights exp((l - max) / temperature), find the last token that top_k, then top_p,
-//  keep (a histogram narrows the search to one bucket, so nothing of vocabulary size is sorted),
-//  and walk the kept ids in order until the drawn share of their mass is reached.
+//  Barrier. Phase 2: tasks are rows: greedy rows pick the best slice, others draw: weights are
+//  exp((l - max) / temperature), top_k, then top_p, then min_p decide which ids are kept, and the
+//  kept ids are walked in order until the drawn share of their mass is reached. Nothing of
+//  vocabulary size is ever sorted: maxima of 64 ids bound the k-th largest value, and a histogram
+//  narrows the search for top_p's last token to one bucket.
 //  Slices are fixed, so sums do not depend on the number of workers.
 //  Order of processing: repetition penalty (Hugging Face: divides positive, multiplies negative
 //  logits of every token seen), presence and frequency penalty (OpenAI: generated tokens only),
@@ -27,6 +28,8 @@
 namespace kt {
 
 inline constexpr int32_t kSlice = 16384;
+// Ids whose maximum is known while drawing, so that most of the vocabulary is looked at once.
+inline constexpr int32_t kDrawChunk = 64;
 
 class Sampler {
  public:
@@ -49,10 +52,10 @@ class Sampler {
     float weight;
     int32_t id;
   };
-  struct Cut {  // the last kept token in (weight descending, id ascending) order
-    float weight = -1.0f;
-    int32_t id = INT32_MAX;
-    bool keeps(float w, int32_t i) const { return w > weight || (w == weight && i <= id); }
+  struct DrawScratch {  // per worker; nothing grows while serving
+    std::vector<Candidate> candidates;
+    std::vector<float> chunk_max;
+    std::vector<float> order;
   };
 
   bool needs_raw(const kt_sample_params& p) const { return p.num_logprobs >= 0 || p.target >= 0; }
@@ -61,12 +64,17 @@ class Sampler {
   float* work(int32_t row) const { return work_ + int64_t{row} * vocab_size_; }
   void process_slice(int32_t row, int32_t slice);
   void copy_slice(const kt_sample_params& p, int32_t row, int32_t first, int32_t last);
-  void finish_row(int32_t row, std::vector<Candidate>& scratch);
-  int32_t draw(const kt_sample_params& p, int32_t row, float best, int32_t best_id,
-               std::vector<Candidate>& scratch);
-  Cut cut_count(const float* weights, int32_t k, std::vector<Candidate>& scratch) const;
-  Cut cut_mass(const float* weights, double mass, const Cut& outer,
-               std::vector<Candidate>& scratch) const;
+  void finish_row(int32_t row, DrawScratch& scratch);
+  // sampler_draw.cpp. values: processed logits of the row, overwritten; best: their maximum.
+  int32_t draw(const kt_sample_params& p, float* values, float best, int32_t best_id,
+               DrawScratch& scratch) const;
+  int32_t draw_of_few(const kt_sample_params& p, const float* values, float best, float inverse,
+                      DrawScratch& scratch) const;
+  int32_t draw_of_all(const kt_sample_params& p, float* weights, float best, float inverse,
+                      int32_t best_id, DrawScratch& scratch) const;
+  void find_chunk_max(const float* values, DrawScratch& scratch) const;
+  void largest(const float* values, int32_t k, DrawScratch& scratch) const;
+  Candidate cut_mass(const float* weights, double mass, double total, DrawScratch& scratch) const;
   void write_alternatives(int32_t row, int32_t count, double log_sum);
 
   Workers& workers_;
@@ -77,7 +85,7 @@ class Sampler {
   Arena arena_;
   float* work_ = nullptr;  // [max_rows, V]; pages of rows that never need it are never touched
   std::vector<SliceResult> slices_;
-  std::vector<std::vector<Candidate>> scratch_;  // per worker, capacity V
+  std::vector<DrawScratch> scratch_;  // per worker
 
   const StepView* view_ = nullptr;
   const float* logits_ = nullptr;
