@@ -293,6 +293,27 @@ def test_order_of_calls_is_checked():
     sim.commit()
 
 
+def test_histories_beyond_the_block_wait_for_a_later_step():
+    # Room for 2**18 entries; two sequences with 150k distinct tokens each need more.
+    config = make_config(
+        max_batch_size=2, chunk_size=400_000, page_size=1024, num_pages=400, max_len=200_000
+    )
+    with Scheduler(config) as scheduler:
+        for seq_id in (1, 2):
+            prompt = np.arange(150_000, dtype=np.int32)
+            request = make_request([], 3, presence_penalty=1.0)
+            object.__setattr__(request, "prompt_ids", prompt)
+            assert scheduler.submit(seq_id, request, 0)
+        block = np.zeros(scheduler.layout.num_bytes, np.uint8)
+        tokens = np.zeros(64, np.int32)
+        order = []
+        while scheduler.plan(1, block.ctypes.data):
+            assert scheduler.plan_struct.num_history <= 1 << 18
+            scheduler.commit(2, tokens.ctypes.data, scheduler.plan_struct.num_samples)
+            order += scheduler.drain()["seq_id"].tolist()
+    assert order == [1] * 4 + [2] * 4
+
+
 def test_wait_wakes_for_submit_wake_and_time():
     sim = Sim()
     scheduler = sim.scheduler

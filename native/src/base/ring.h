@@ -17,12 +17,14 @@ enum class WaitResult { kReady, kWoken, kTimeout };
 template <class T>
 class Ring {
  public:
-  // [any] Appends when accept(number of queued messages) says so; false otherwise. accept runs
-  // under the lock and may touch what only producers and take_all's caller touch under it.
+  // [any] Appends when accept() says so; false otherwise. accept runs under the lock and may touch
+  // what every other thread touches inside accept or locked() only. Memory is taken before accept
+  // is asked, so that what it has noted never lacks its message.
   template <class Accept>
   bool push(T&& message, Accept&& accept) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
+      messages_.reserve(next_power(messages_.size() + 1));
       if (!accept()) {
         return false;
       }
@@ -73,6 +75,14 @@ class Ring {
   }
 
  private:
+  static size_t next_power(size_t count) {
+    size_t power = 16;
+    while (power < count) {
+      power *= 2;
+    }
+    return power;
+  }
+
   std::mutex mutex_;
   std::condition_variable ready_;
   std::vector<T> messages_;
