@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numbers_days
-import questions as q
-import stories
 import yaml
+
+from bench.demo_model import numbers_days, stories
+from bench.demo_model import questions as q
 
 HERE = Path(__file__).parent
 Turn = tuple[str, str]
@@ -101,6 +101,12 @@ class Generator:
             if rng.random() < 0.03:
                 turn, user_name = self._names(user_name)
                 turns.append(turn)
+                continue
+            if self.name != NAME and rng.random() < 0.3:
+                wanted = rng.choice(("who_are_you", "name"))
+                item = next(one for one in self.small if one["id"] == wanted)
+                ask = q.expand(rng.choice(item["ask"]), rng)
+                turns.append((q.dress(ask, rng, plain=True), self._answer(item)))
                 continue
             turns += self._draw()
             if rng.random() < 0.02:

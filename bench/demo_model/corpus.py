@@ -11,9 +11,10 @@ import multiprocessing
 from dataclasses import dataclass
 
 import numpy as np
-from conversations import Generator, Message
 from tokenizers import Tokenizer
-from train_tokenizer import END_OF_TEXT
+
+from bench.demo_model.conversations import Generator, Message
+from bench.demo_model.train_tokenizer import END_OF_TEXT
 
 PROMPT_WEIGHT = 0.1
 DOCUMENT_SHARE = 0.02  # plain text without chat markup

@@ -1,8 +1,8 @@
 """Judge a finished GGUF: the held-out questions over HTTP, and the loss of the quantised weights.
 
     python -m kt_async --gguf_path demo.gguf --port 10002 &
-    python bench/demo_model/evaluate.py --url http://127.0.0.1:10002/v1
-    python bench/demo_model/evaluate.py --gguf demo.gguf --run DIR     # transformers, float32
+    python -m bench.demo_model.evaluate --url http://127.0.0.1:10002/v1
+    python -m bench.demo_model.evaluate --gguf demo.gguf --run DIR     # transformers, float32
 
 The second form decodes the file with the gguf package, runs transformers' Qwen3MoeForCausalLM on
 it and on the float weights of a training run, and prints both perplexities.
@@ -17,13 +17,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import corpus
-import measure
 import torch
 import yaml
-from model import DemoConfig
 from tokenizers import Tokenizer
-from write_gguf import load_weights
+
+from bench.demo_model import corpus, measure
+from bench.demo_model.model import DemoConfig
+from bench.demo_model.write_gguf import load_weights
 
 HELD_OUT_SEED = 9_000_000
 
@@ -60,7 +60,7 @@ def over_http(url: str, which: str, show: bool) -> dict[str, str]:
 @torch.no_grad()
 def hf_perplexity(state: dict[str, torch.Tensor], tokenizer: Tokenizer, documents: int) -> Any:
     """Perplexities of transformers' Qwen3MoE with these weights on generated held-out text."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: PLC0415 - slow, only here
 
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**DemoConfig().as_hf())).float().eval()
     model.load_state_dict(fuse_experts(state, model.state_dict()))
@@ -98,7 +98,7 @@ def fuse_experts(
 
 def gguf_state(path: Path) -> dict[str, torch.Tensor]:
     """The weights of a GGUF, decoded exactly, under Hugging Face names."""
-    from gguf import GGUFReader, quants
+    from gguf import GGUFReader, quants  # noqa: PLC0415 - only here
 
     names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     parts = {

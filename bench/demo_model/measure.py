@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from corpus import Rows
 from torch import Tensor
+
+from bench.demo_model.corpus import Rows
 
 HERE = Path(__file__).parent
 Forward = Callable[[Tensor], Tensor]  # ids [B, L] -> logits [B, L, V], plain causal

@@ -130,8 +130,10 @@ def tell(rng: random.Random, kind: str = "", hero: str = "", place: str = "") ->
     trait = rng.choice(TRAITS)
     met = rng.choice(("Just then", "Luckily", "After a while", "At that moment"))
     parts = [
-        f"{rng.choice(OPENINGS)} there lived {article(trait)} {trait} {kind} named {hero}"
-        f" {PLACES[place]}.",
+        (
+            f"{rng.choice(OPENINGS)} there lived {article(trait)} {trait} {kind} named {hero}"
+            f" {PLACES[place]}."
+        ),
         f"{hero} wanted to {wish}.",
         rng.choice((f"So {p} set out early in the morning.", f"One morning {p} began.")),
         f"But {trouble}.".format(**names),

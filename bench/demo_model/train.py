@@ -1,7 +1,7 @@
 """Train the demo model: generate text, train the tokenizer, train, measure, save.
 
-    python bench/demo_model/train.py --out DIR            # one GPU, a few minutes
-    python bench/demo_model/train.py --out DIR --tiny     # a minute on a CPU, to see that it runs
+    python -m bench.demo_model.train --out DIR            # one GPU, a few minutes
+    python -m bench.demo_model.train --out DIR --tiny     # a minute on a CPU, to see that it runs
 
 A run that was interrupted goes on from DIR/checkpoint.pt. Seeds are fixed, so the text, the
 tokenizer and the order of the batches are the same on every machine.
@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import corpus
-import measure
 import numpy as np
 import torch
 import torch.nn.functional as F
-from model import DemoConfig, DemoModel, to_hf_names
 from tokenizers import Tokenizer
 from torch import Tensor
-from train_tokenizer import IM_END
-from train_tokenizer import train as train_tokenizer
+
+from bench.demo_model import corpus, measure
+from bench.demo_model.model import DemoConfig, DemoModel, to_hf_names
+from bench.demo_model.train_tokenizer import IM_END
+from bench.demo_model.train_tokenizer import train as train_tokenizer
 
 log = logging.getLogger("demo_model")
 
@@ -38,8 +38,8 @@ def parse_args() -> argparse.Namespace:
     """The command line; defaults are those of the shipped model."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="folder for checkpoint and results")
-    p.add_argument("--documents", type=int, default=2_000_000, help="conversations to generate")
-    p.add_argument("--steps", type=int, default=5_500)
+    p.add_argument("--documents", type=int, default=1_800_000, help="conversations to generate")
+    p.add_argument("--steps", type=int, default=5_000)
     p.add_argument("--rows", type=int, default=64, help="rows of a batch")
     p.add_argument("--length", type=int, default=1024, help="tokens of a row")
     p.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")

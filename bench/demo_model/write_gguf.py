@@ -1,6 +1,6 @@
 """Write the trained weights as the GGUF that kt_async ships.
 
-    python bench/demo_model/write_gguf.py --run DIR --out kt_async/data/demo.gguf
+    python -m bench.demo_model.write_gguf --run DIR --out kt_async/data/demo.gguf
 
 DIR is the --out folder of train.py. Types follow a Q4_K_M file: experts Q4_K, half of the down
 projections and the output Q6_K, embedding and attention Q8_0, router and norms F32.
@@ -16,9 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter
-from quantize import quantize
 from tokenizers import Tokenizer
-from train_tokenizer import CHAT_TEMPLATE, CONTROL, END_OF_TEXT, IM_END, USER_DEFINED
+
+from bench.demo_model.quantize import quantize
+from bench.demo_model.train_tokenizer import (
+    CHAT_TEMPLATE,
+    CONTROL,
+    END_OF_TEXT,
+    IM_END,
+    USER_DEFINED,
+)
 
 Floats = npt.NDArray[np.float32]
 
