@@ -19,7 +19,9 @@ namespace {
 int failures = 0;
 
 void expect(bool condition, const char* what) {
-  if (condition) return;
+  if (condition) {
+    return;
+  }
   std::fprintf(stderr, "failed: %s\n", what);
   ++failures;
 }
@@ -45,13 +47,17 @@ void barriers(kt::Workers& workers, int rounds) {
       values[w] = round + worker;
       workers.barrier();
       int64_t sum = 0;
-      for (const int64_t value : values) sum += value;
+      for (const int64_t value : values) {
+        sum += value;
+      }
       sums[w] = sum;
       workers.barrier();
     }
   });
   const auto n = static_cast<int64_t>(count);
-  for (const int64_t sum : sums) expect(sum == n * (rounds - 1) + n * (n - 1) / 2, "barrier sum");
+  for (const int64_t sum : sums) {
+    expect(sum == n * (rounds - 1) + n * (n - 1) / 2, "barrier sum");
+  }
 }
 
 // Every element of a shared range is visited once, whatever the stealing does.
@@ -64,10 +70,14 @@ void shared_ranges(kt::Workers& workers, int rounds) {
     workers.for_each([&](int32_t worker) {
       kt::share_range(kCount, worker, workers.num_threads(), 7, tail,
                       [&](int64_t first, int64_t last) {
-                        for (int64_t i = first; i < last; ++i) ++visits[static_cast<size_t>(i)];
+                        for (int64_t i = first; i < last; ++i) {
+                          ++visits[static_cast<size_t>(i)];
+                        }
                       });
     });
-    for (const int32_t visit : visits) expect(visit == 1, "visited once");
+    for (const int32_t visit : visits) {
+      expect(visit == 1, "visited once");
+    }
   }
 }
 
@@ -77,7 +87,9 @@ void failing_jobs(kt::Workers& workers, int rounds) {
     bool caught = false;
     try {
       workers.for_each([&](int32_t worker) {
-        if (worker == round % workers.num_threads()) throw std::runtime_error("expected");
+        if (worker == round % workers.num_threads()) {
+          throw std::runtime_error("expected");
+        }
         workers.barrier();
       });
     } catch (const std::runtime_error& error) {
@@ -115,8 +127,12 @@ int main() {
   }
   for (int i = 0; i < 50; ++i) {
     kt::Workers workers(config_of(4, i % 2, 0));
-    if (i % 3 == 0) barriers(workers, 2);
+    if (i % 3 == 0) {
+      barriers(workers, 2);
+    }
   }
-  if (failures == 0) std::puts("ok");
+  if (failures == 0) {
+    std::puts("ok");
+  }
   return failures == 0 ? 0 : 1;
 }

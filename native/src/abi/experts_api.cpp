@@ -88,8 +88,12 @@ void multiply(kt_pool& pool, const ExpertWeights& weights, const float* x, const
   job.matrix = matrix_kernels(workers.isa());
   job.vector = vector_kernels(workers.isa());
   job.tails = space.tails;
-  if (job.matrix == nullptr || job.vector == nullptr) fail_unsupported("no kernels for this isa");
-  for (int i = 0; i < 2; ++i) space.tails[i].next.store(0);
+  if (job.matrix == nullptr || job.vector == nullptr) {
+    fail_unsupported("no kernels for this isa");
+  }
+  for (int i = 0; i < 2; ++i) {
+    space.tails[i].next.store(0);
+  }
   workers.for_each([&](int32_t worker) {
     const int64_t chunks = (cols + kChunk - 1) / kChunk;
     const Range pieces = split(num_tokens * chunks, worker, workers.num_threads());
@@ -123,7 +127,9 @@ extern "C" int32_t kt_experts_multiply(const kt_matrix* gate, const kt_matrix* u
     if (gate->pool != up->pool || gate->pool != down->pool) {
       kt::fail_argument("gate, up and down belong to different pools");
     }
-    if (num_tokens < 0) kt::fail_argument("num_tokens is " + std::to_string(num_tokens));
+    if (num_tokens < 0) {
+      kt::fail_argument("num_tokens is " + std::to_string(num_tokens));
+    }
     const kt::Weight parts[3] = {kt::as_weight(gate->view), kt::as_weight(up->view),
                                  kt::as_weight(down->view)};
     const kt::ExpertWeights experts = {&parts[0], &parts[1], &parts[2]};
@@ -132,7 +138,9 @@ extern "C" int32_t kt_experts_multiply(const kt_matrix* gate, const kt_matrix* u
       kt::fail_argument("top_k is " + std::to_string(top_k) + ", allowed is 1 .. " +
                         std::to_string(parts[0].num_experts));
     }
-    if (num_tokens == 0) return KT_OK;
+    if (num_tokens == 0) {
+      return KT_OK;
+    }
     if (int64_t{num_tokens} * top_k > INT32_MAX) {
       kt::fail_argument("num_tokens x top_k is " + std::to_string(int64_t{num_tokens} * top_k) +
                         ", at most 2147483647");

@@ -24,7 +24,9 @@ void walk_costs(const Grouping& g, int64_t units, int64_t lo, int64_t hi, Body&&
     // A unit belongs to the piece in which its cost begins.
     const int64_t first = lo <= start ? 0 : std::min(units, (lo - start + cost - 1) / cost);
     const int64_t last = std::min(units, (hi - start + cost - 1) / cost);
-    if (first < last) body(expert, first, last);
+    if (first < last) {
+      body(expert, first, last);
+    }
     start += units * cost;
   }
 }
@@ -142,12 +144,16 @@ void group_pairs(const int32_t* ids, const float* weights, int32_t num_tokens, i
                  int32_t num_experts, Grouping& g) {
   const int32_t pairs = num_tokens * top_k;
   std::memset(g.start, 0, (static_cast<size_t>(num_experts) + 1) * sizeof(int32_t));
-  for (int32_t i = 0; i < pairs; ++i) ++g.start[ids[i]];
+  for (int32_t i = 0; i < pairs; ++i) {
+    ++g.start[ids[i]];
+  }
   // start[e] becomes the end of expert e, then counts down to its beginning while pairs are placed.
   g.num_active = 0;
   int32_t end = 0;
   for (int32_t e = 0; e < num_experts; ++e) {
-    if (g.start[e] != 0) g.active[g.num_active++] = e;
+    if (g.start[e] != 0) {
+      g.active[g.num_active++] = e;
+    }
     end += g.start[e];
     g.start[e] = end;
   }
@@ -186,8 +192,7 @@ void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffe
   const Range team = part_workers(workers, parts, p);
   const int64_t bands = job.weights.down->parts[p].matrix.num_bands;
   share_range(bands, worker - team.first, team.last - team.first, 1,
-              job.tails[job.weights.gate->parts.size() + p],
-              [&](int64_t first, int64_t last) {
+              job.tails[job.weights.gate->parts.size() + p], [&](int64_t first, int64_t last) {
                 down_bands(job, buffers, worker, p, first, last);
               });
 }

@@ -1,14 +1,13 @@
 // One routed-expert layer: two phases over the union of the experts that the step's tokens use.
 //
 // DESIGN
-//  Grouping: every worker sorts the (token, expert) pairs by expert for itself; that costs less than
-//  a barrier. Pair p of the sorted order owns row p of the intermediate activations.
-//  Phase 1 (run_up): a task is 32 intermediate rows of one expert (two bands of gate, two of up)
-//  for all its tokens: silu(gate) * up is prepared in place, because 32 columns are one block of
-//  the prepared form. Barrier.
-//  Phase 2 (run_down): a task is one band of output rows. Its owner walks the experts in id order
-//  and adds weight * down to the output, so a token's result never depends on the other tokens of
-//  the step, and nothing is added atomically.
+//  Grouping: every worker sorts the (token, expert) pairs by expert for itself; that costs less
+//  than a barrier. Pair p of the sorted order owns row p of the intermediate activations. Phase 1
+//  (run_up): a task is 32 intermediate rows of one expert (two bands of gate, two of up) for all
+//  its tokens: silu(gate) * up is prepared in place, because 32 columns are one block of the
+//  prepared form. Barrier. Phase 2 (run_down): a task is one band of output rows. Its owner walks
+//  the experts in id order and adds weight * down to the output, so a token's result never depends
+//  on the other tokens of the step, and nothing is added atomically.
 #pragma once
 
 #include <cstdint>
@@ -36,10 +35,10 @@ void check_expert_weights(const ExpertWeights& weights, const char* op);
 
 // Sorted pairs, private to one worker.
 struct Grouping {
-  int32_t* start = nullptr;    // [E + 1] pairs of expert e: start[e] .. start[e + 1]
-  int32_t* tokens = nullptr;   // [T * K]
-  float* weights = nullptr;    // [T * K]
-  int32_t* active = nullptr;   // [E] experts with pairs, ascending
+  int32_t* start = nullptr;   // [E + 1] pairs of expert e: start[e] .. start[e + 1]
+  int32_t* tokens = nullptr;  // [T * K]
+  float* weights = nullptr;   // [T * K]
+  int32_t* active = nullptr;  // [E] experts with pairs, ascending
   int32_t num_active = 0;
 };
 
@@ -47,10 +46,10 @@ struct Grouping {
 struct ExpertBuffers {
   int64_t max_pairs = 0;
   int32_t max_experts = 0;
-  uint8_t* mid = nullptr;  // prepared intermediate rows [max_pairs]
-  std::vector<Grouping> groupings;   // per worker
-  std::vector<float*> temps;         // per worker: 2 * kRowBlock * kUnitRows floats
-  std::vector<uint8_t*> scratch;     // per worker: multiply_scratch_bytes
+  uint8_t* mid = nullptr;           // prepared intermediate rows [max_pairs]
+  std::vector<Grouping> groupings;  // per worker
+  std::vector<float*> temps;        // per worker: 2 * kRowBlock * kUnitRows floats
+  std::vector<uint8_t*> scratch;    // per worker: multiply_scratch_bytes
 };
 
 void allocate_expert_buffers(Workers& workers, Arena& arena, int64_t max_pairs, int32_t max_experts,

@@ -12,7 +12,9 @@ void largest(const float* values, int32_t count, int32_t n, int32_t* ids) {
   int32_t filled = 0;
   for (int32_t i = 0; i < count; ++i) {
     const float value = values[i];
-    if (filled == n && !(value > values[ids[n - 1]])) continue;
+    if (filled == n && !(value > values[ids[n - 1]])) {
+      continue;
+    }
     int32_t at = filled < n ? filled++ : n - 1;
     // Strictly greater moves ahead, so an equal value with a lower id stays in front.
     while (at > 0 && value > values[ids[at - 1]]) {
@@ -43,9 +45,15 @@ void drop_groups(const Routing& r, float* choice) {
   largest(score, r.groups, r.groups_kept, kept);
   for (int32_t g = 0; g < r.groups; ++g) {
     bool keep = false;
-    for (int32_t i = 0; i < r.groups_kept; ++i) keep = keep || kept[i] == g;
-    if (keep) continue;
-    for (int32_t i = g * size; i < (g + 1) * size; ++i) choice[i] = kNever;
+    for (int32_t i = 0; i < r.groups_kept; ++i) {
+      keep = keep || kept[i] == g;
+    }
+    if (keep) {
+      continue;
+    }
+    for (int32_t i = g * size; i < (g + 1) * size; ++i) {
+      choice[i] = kNever;
+    }
   }
 }
 
@@ -57,12 +65,16 @@ void select_experts(const Routing& r, const float* scores, float* choice, int32_
     const float value = r.bias != nullptr ? scores[e] + r.bias[e] : scores[e];
     choice[e] = value == value ? value : kNever;  // NaN never wins, and the order stays total
   }
-  if (r.groups > 0) drop_groups(r, choice);
+  if (r.groups > 0) {
+    drop_groups(r, choice);
+  }
   largest(choice, r.num_experts, r.top_k, ids);
   for (int32_t i = 1; i < r.top_k; ++i) {  // ascending ids
     const int32_t id = ids[i];
     int32_t at = i;
-    for (; at > 0 && ids[at - 1] > id; --at) ids[at] = ids[at - 1];
+    for (; at > 0 && ids[at - 1] > id; --at) {
+      ids[at] = ids[at - 1];
+    }
     ids[at] = id;
   }
   float sum = 0.0f;
@@ -71,7 +83,9 @@ void select_experts(const Routing& r, const float* scores, float* choice, int32_
     sum += weights[i];
   }
   const float norm = r.renormalise != 0 ? r.scale / (sum + 1e-20f) : r.scale;
-  for (int32_t i = 0; i < r.top_k; ++i) weights[i] *= norm;
+  for (int32_t i = 0; i < r.top_k; ++i) {
+    weights[i] *= norm;
+  }
 }
 
 }  // namespace kt

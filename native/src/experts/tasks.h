@@ -22,16 +22,22 @@ template <class Body>
 void share_range(int64_t count, int64_t index, int64_t team, int64_t chunk, TailCounter& tail,
                  Body&& body) {
   if (team == 1) {
-    if (count > 0) body(int64_t{0}, count);
+    if (count > 0) {
+      body(int64_t{0}, count);
+    }
     return;
   }
   constexpr int64_t kTailShare = 6;  // a sixth of the work is dynamic
   const int64_t fixed = count < team * 2 ? 0 : count - count / kTailShare;
   const Range mine = split(fixed, index, team);
-  if (mine.first < mine.last) body(mine.first, mine.last);
+  if (mine.first < mine.last) {
+    body(mine.first, mine.last);
+  }
   while (true) {
     const int64_t first = fixed + tail.next.fetch_add(chunk, std::memory_order_relaxed);
-    if (first >= count) return;
+    if (first >= count) {
+      return;
+    }
     const int64_t last = first + chunk < count ? first + chunk : count;
     body(first, last);
   }

@@ -43,7 +43,8 @@ struct VectorKernels {
   void (*silu_mul)(const float* gate, const float* up, int32_t n, float* out);
   // out = a + scale * b. out may be a or b.
   void (*add_scaled)(const float* a, float scale, const float* b, int32_t n, float* out);
-  // One band's sums into many rows: to + rows[i] * stride gets factors[i] * sums[i * 16 + c], c < n.
+  // One band's sums into many rows: to + rows[i] * stride gets factors[i] * sums[i * 16 + c], c <
+  // n.
   void (*add_band)(float* to, int64_t stride, const int32_t* rows, const float* factors,
                    const float* sums, int32_t m, int32_t n);
   // x = x * scale

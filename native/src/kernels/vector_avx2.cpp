@@ -98,6 +98,9 @@ inline uint32_t equal_mask(Vec a, Vec b) {
   return static_cast<uint32_t>(lo) | (static_cast<uint32_t>(hi) << 8);
 }
 
+// 16 registers, two to a group: 4 accumulators are what a tile can hold.
+constexpr bool kManyRegisters = false;
+
 #define KT_VECTOR_ISA KT_ISA_AVX2
 #include "kernels/vector_body.inl"
 #undef KT_VECTOR_ISA

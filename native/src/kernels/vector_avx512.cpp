@@ -59,6 +59,9 @@ inline float reduce_add(Vec a) {
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
 inline uint32_t equal_mask(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 
+// 32 registers.
+constexpr bool kManyRegisters = true;
+
 #define KT_VECTOR_ISA KT_ISA_AVX512
 #include "kernels/vector_body.inl"
 #undef KT_VECTOR_ISA

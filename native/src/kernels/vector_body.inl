@@ -2,6 +2,9 @@
 // each vector_<isa>.cpp, which defines Vec and its operations first; nothing here may be emitted as
 // a weak symbol, so there are only static functions and local templates.
 
+// Loops over tiles: -O2 leaves short constant loops rolled and their accumulators in memory.
+#define KT_UNROLL _Pragma("GCC unroll 16")
+
 inline uint16_t float_to_bf16(float value) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {
@@ -32,6 +35,7 @@ static void rms_norm(const float* x, const float* weight, int32_t n, float eps, 
   Vec sum[4] = {set1(0), set1(0), set1(0), set1(0)};
   int32_t i = 0;
   for (; i + 64 <= n; i += 64) {
+    KT_UNROLL
     for (int j = 0; j < 4; ++j) {
       const Vec v = load(x + i + 16 * j);
       sum[j] = fma(v, v, sum[j]);
@@ -139,7 +143,9 @@ template <int R, int M>
 static void dot_tile(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int32_t n,
                      float* out, int64_t out_stride) {
   Vec sum[R][M];
+  KT_UNROLL
   for (int r = 0; r < R; ++r) {
+    KT_UNROLL
     for (int i = 0; i < M; ++i) {
       sum[r][i] = set1(0.0f);
     }
@@ -147,25 +153,32 @@ static void dot_tile(const float* w, int64_t w_stride, const float* x, int64_t x
   int32_t c = 0;
   for (; c + 16 <= n; c += 16) {
     Vec wide[R];
+    KT_UNROLL
     for (int r = 0; r < R; ++r) {
       wide[r] = load(w + r * w_stride + c);
     }
+    KT_UNROLL
     for (int i = 0; i < M; ++i) {
       const Vec input = load(x + i * x_stride + c);
+      KT_UNROLL
       for (int r = 0; r < R; ++r) {
         sum[r][i] = fma(wide[r], input, sum[r][i]);
       }
     }
   }
   if (c < n) {
+    KT_UNROLL
     for (int i = 0; i < M; ++i) {
       const Vec input = load_part(x + i * x_stride + c, n - c, 0.0f);
+      KT_UNROLL
       for (int r = 0; r < R; ++r) {
         sum[r][i] = fma(load_part(w + r * w_stride + c, n - c, 0.0f), input, sum[r][i]);
       }
     }
   }
+  KT_UNROLL
   for (int i = 0; i < M; ++i) {
+    KT_UNROLL
     for (int r = 0; r < R; ++r) {
       out[i * out_stride + r] = reduce_add(sum[r][i]);
     }
@@ -175,7 +188,7 @@ static void dot_tile(const float* w, int64_t w_stride, const float* x, int64_t x
 static void dot_rows(const float* w, int64_t w_stride, int32_t num_rows, const float* x,
                      int64_t x_stride, int32_t m, int32_t n, float* out, int64_t out_stride) {
   for (int32_t i = 0; i < m;) {
-    const int32_t count = m - i >= 4 ? 4 : 1;
+    const int32_t count = kManyRegisters && m - i >= 4 ? 4 : 1;
     const float* input = x + i * x_stride;
     float* to = out + i * out_stride;
     int32_t r = 0;
@@ -308,28 +321,36 @@ static void score_tile(const AttendBlock& b, int32_t row, int32_t group) {
   const int32_t dim = b.head_dim;
   const float* q = b.q + static_cast<int64_t>(row) * dim;
   Vec sum[M][G];
+  KT_UNROLL
   for (int i = 0; i < M; ++i) {
+    KT_UNROLL
     for (int g = 0; g < G; ++g) {
       sum[i][g] = set1(0.0f);
     }
   }
   const typename Kv::Stored* k[G];
+  KT_UNROLL
   for (int g = 0; g < G; ++g) {
     k[g] = static_cast<const typename Kv::Stored*>(b.k[group + g]);
   }
   for (int32_t d = 0; d < dim; ++d) {
     Vec key[G];
+    KT_UNROLL
     for (int g = 0; g < G; ++g) {
       key[g] = Kv::widen(k[g] + d * kLanes);
     }
+    KT_UNROLL
     for (int i = 0; i < M; ++i) {
       const Vec value = set1(q[i * dim + d]);
+      KT_UNROLL
       for (int g = 0; g < G; ++g) {
         sum[i][g] = fma(value, key[g], sum[i][g]);
       }
     }
   }
+  KT_UNROLL
   for (int i = 0; i < M; ++i) {
+    KT_UNROLL
     for (int g = 0; g < G; ++g) {
       store(b.scores + static_cast<int64_t>(row + i) * kBlockPositions + (group + g) * kLanes,
             sum[i][g]);
@@ -337,18 +358,31 @@ static void score_tile(const AttendBlock& b, int32_t row, int32_t group) {
   }
 }
 
+// M rows against all groups, as many groups at a time as the registers hold accumulators.
+template <class Kv, int M>
+static void score_groups(const AttendBlock& b, int32_t row, int32_t groups) {
+  int32_t g = 0;
+  if (kManyRegisters) {
+    for (; g + 2 <= groups; g += 2) {
+      score_tile<Kv, M, 2>(b, row, g);
+    }
+  }
+  for (; g < groups; ++g) {
+    score_tile<Kv, M, 1>(b, row, g);
+  }
+}
+
 template <class Kv>
 static void score_rows(const AttendBlock& b) {
   const int32_t groups = (b.num_positions + kLanes - 1) / kLanes;
   int32_t row = 0;
+  if (kManyRegisters) {
+    for (; row + 8 <= b.m; row += 8) {
+      score_groups<Kv, 8>(b, row, groups);
+    }
+  }
   for (; row + 4 <= b.m; row += 4) {
-    int32_t g = 0;
-    for (; g + 2 <= groups; g += 2) {
-      score_tile<Kv, 4, 2>(b, row, g);
-    }
-    if (g < groups) {
-      score_tile<Kv, 4, 1>(b, row, g);
-    }
+    score_groups<Kv, 4>(b, row, groups);
   }
   for (; row < b.m; ++row) {
     if (groups == 4) {
@@ -368,6 +402,7 @@ inline void soften_row(const AttendBlock& b, int32_t row) {
   float* s = b.scores + static_cast<int64_t>(row) * kBlockPositions;
   const int32_t seen = b.limits[row] < b.num_positions ? b.limits[row] : b.num_positions;
   if (seen <= 0) {  // nothing visible: this block leaves the row's state exactly as it was
+    KT_UNROLL
     for (int g = 0; g < kBlockGroups; ++g) {
       store(s + g * kLanes, zero);
     }
@@ -375,6 +410,7 @@ inline void soften_row(const AttendBlock& b, int32_t row) {
   }
   Vec score[kBlockGroups];
   Vec top = lowest;
+  KT_UNROLL
   for (int g = 0; g < kBlockGroups; ++g) {
     score[g] =
         seen > g * kLanes ? keep_first(load(s + g * kLanes), seen - g * kLanes, lowest) : lowest;
@@ -385,6 +421,7 @@ inline void soften_row(const AttendBlock& b, int32_t row) {
   const float now = block_max > before ? block_max : before;
   const Vec base = set1(now);
   Vec sum = zero;
+  KT_UNROLL
   for (int g = 0; g < kBlockGroups; ++g) {
     const Vec p = exp_lanes(sub(score[g], base));
     store(s + g * kLanes, p);
@@ -408,7 +445,9 @@ static void value_tile(const AttendBlock& b, int32_t row, int32_t col) {
   Vec sum[M][N];
   float* acc = b.acc + static_cast<int64_t>(row) * b.padded_dim + col;
   const float* p = b.scores + static_cast<int64_t>(row) * kBlockPositions;
+  KT_UNROLL
   for (int i = 0; i < M; ++i) {
+    KT_UNROLL
     for (int j = 0; j < N; ++j) {
       sum[i][j] = load(acc + i * b.padded_dim + j * kLanes);
     }
@@ -417,17 +456,22 @@ static void value_tile(const AttendBlock& b, int32_t row, int32_t col) {
     const auto* v = static_cast<const typename Kv::Stored*>(b.v[pos / kLanes]) +
                     static_cast<int64_t>(pos % kLanes) * b.padded_dim + col;
     Vec value[N];
+    KT_UNROLL
     for (int j = 0; j < N; ++j) {
       value[j] = Kv::widen(v + j * kLanes);
     }
+    KT_UNROLL
     for (int i = 0; i < M; ++i) {
       const Vec weight = set1(p[i * kBlockPositions + pos]);
+      KT_UNROLL
       for (int j = 0; j < N; ++j) {
         sum[i][j] = fma(weight, value[j], sum[i][j]);
       }
     }
   }
+  KT_UNROLL
   for (int i = 0; i < M; ++i) {
+    KT_UNROLL
     for (int j = 0; j < N; ++j) {
       store(acc + i * b.padded_dim + j * kLanes, sum[i][j]);
     }
@@ -437,8 +481,10 @@ static void value_tile(const AttendBlock& b, int32_t row, int32_t col) {
 template <class Kv, int M>
 static void value_columns(const AttendBlock& b, int32_t row) {
   int32_t col = 0;
-  for (; col + 4 * kLanes <= b.padded_dim; col += 4 * kLanes) {
-    value_tile<Kv, M, 4>(b, row, col);
+  if (kManyRegisters) {
+    for (; col + 4 * kLanes <= b.padded_dim; col += 4 * kLanes) {
+      value_tile<Kv, M, 4>(b, row, col);
+    }
   }
   for (; col < b.padded_dim; col += kLanes) {
     value_tile<Kv, M, 1>(b, row, col);
@@ -490,6 +536,8 @@ static void merge(float* max_value, float* sum, float* acc, float part_max, floa
 }
 
 constexpr VectorKernels kTable = {
-    KT_VECTOR_ISA, rms_norm, silu_mul, add_scaled, add_band, scale,  rope,   dot_rows,
+    KT_VECTOR_ISA, rms_norm, silu_mul, add_scaled, add_band, scale,  rope,    dot_rows,
     softmax,       store_k,  store_v,  attend,     merge,    argmax, sum_exp,
 };
+
+#undef KT_UNROLL

@@ -123,6 +123,9 @@ inline uint32_t equal_mask(Vec a, Vec b) {
 
 #undef KT_LANES
 
+// A group of 16 floats takes four of the baseline's registers.
+constexpr bool kManyRegisters = false;
+
 #define KT_VECTOR_ISA KT_ISA_SCALAR
 #include "kernels/vector_body.inl"
 #undef KT_VECTOR_ISA

@@ -13,7 +13,9 @@ void Model::allocate() {
     b.data = arena_.allocate_array<float>(rows * b.stride);
     buffer_bytes_ += rows * b.stride * 4;
     for (int32_t kind = 0; kind < kNumActKinds; ++kind) {
-      if (b.act_stride[kind] == 0) continue;
+      if (b.act_stride[kind] == 0) {
+        continue;
+      }
       b.acts[kind] = arena_.allocate(rows * b.act_stride[kind]);
       buffer_bytes_ += rows * b.act_stride[kind];
     }
@@ -31,7 +33,9 @@ void Model::allocate_attention() {
   int32_t max_heads = 1;
   std::vector<int32_t> layers;
   for (size_t i = 0; i < ops_.size(); ++i) {
-    if (ops_[i].code != KT_OP_ATTENTION) continue;
+    if (ops_[i].code != KT_OP_ATTENTION) {
+      continue;
+    }
     AttentionOp& op = attentions_[static_cast<size_t>(op_extra_[i])];
     if (std::find(layers.begin(), layers.end(), op.layer) != layers.end()) {
       fail_argument("two attention operations use KV layer " + std::to_string(op.layer));
@@ -57,7 +61,9 @@ void Model::allocate_attention() {
       shapes.back().group = op.group;
       shapes.back().kv_heads = op.kv_heads;
     }
-    if (op.half == 0) continue;
+    if (op.half == 0) {
+      continue;
+    }
     const float multiplier = ops_[i].f[2] == 0.0f ? 1.0f : ops_[i].f[2];
     const float* frequencies = weights_[static_cast<size_t>(ops_[i].w[2])].values;
     auto& ropes = attention_.ropes;
@@ -75,7 +81,9 @@ void Model::allocate_attention() {
       ropes.push_back(table);
     }
   }
-  if (layers.empty()) return;
+  if (layers.empty()) {
+    return;
+  }
   attention_.queries = arena_.allocate_array<float>(int64_t{config_.max_tokens} * max_width);
   attention_.partial_stride = partial_floats(max_padded);
   // Few rows are split at a time; the pages behind unused partial results are never touched.
@@ -84,8 +92,8 @@ void Model::allocate_attention() {
   attention_.max_partials = static_cast<int32_t>(std::min<int64_t>(segments, 4096));
   attention_.partials = arena_.allocate_array<float>(int64_t{max_heads} * attention_.max_partials *
                                                      attention_.partial_stride);
-  attention_.done = arena_.allocate_array<std::atomic<int32_t>>(int64_t{max_heads} *
-                                                                attention_.max_splits);
+  attention_.done =
+      arena_.allocate_array<std::atomic<int32_t>>(int64_t{max_heads} * attention_.max_splits);
   // No allocation while serving: a step has at most this many units.
   const int64_t units = int64_t{config_.max_tokens} + config_.max_rows + attention_.max_partials;
   for (AttentionShape& shape : attention_.shapes) {
@@ -102,9 +110,13 @@ void Model::allocate_scratch() {
   int64_t mid_bytes = 0;
   int64_t max_stride = kLanes;
   for (const Weight& w : weights_) {
-    if (w.kind == KT_WEIGHT_MATRIX) max_cols = std::max(max_cols, w.cols);
+    if (w.kind == KT_WEIGHT_MATRIX) {
+      max_cols = std::max(max_cols, w.cols);
+    }
   }
-  for (const Buffer& b : buffers_) max_stride = std::max<int64_t>(max_stride, b.stride);
+  for (const Buffer& b : buffers_) {
+    max_stride = std::max<int64_t>(max_stride, b.stride);
+  }
   for (const MoeOp& moe : moes_) {
     const Weight& down = *moe.weights.down;
     max_experts = std::max(max_experts, moe.routing.num_experts);
@@ -127,7 +139,8 @@ void Model::allocate_scratch() {
     WorkerScratch s;
     s.row = arena_.allocate_array<float>(kPrivateRows * max_stride);
     for (int32_t kind = 0; kind < kNumActKinds; ++kind) {
-      const auto bytes = act_row_bytes(static_cast<ActKind>(kind), static_cast<int32_t>(max_stride));
+      const auto bytes =
+          act_row_bytes(static_cast<ActKind>(kind), static_cast<int32_t>(max_stride));
       s.acts[kind] = arena_.allocate(kPrivateRows * bytes);
     }
     s.temp = arena_.allocate_array<float>(kLinearRows * kBandRows);

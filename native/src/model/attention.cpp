@@ -72,7 +72,9 @@ void run_segment(const AttentionCall& call, const AttentionScratch& scratch,
     block.num_positions = std::min(kBlockPositions, end - at);
     for (int32_t i = 0; i < unit.count; ++i) {
       const int32_t limit = position_of(call, unit, i) + 1 - at;
-      for (int32_t g = 0; g < op.group; ++g) scratch.limits[i * op.group + g] = limit;
+      for (int32_t g = 0; g < op.group; ++g) {
+        scratch.limits[i * op.group + g] = limit;
+      }
     }
     for (int32_t g = 0; g * kGroupPositions < block.num_positions; ++g) {
       const int32_t position = at + g * kGroupPositions;
@@ -101,15 +103,17 @@ void write_output(const AttentionCall& call, const AttentionUnit& unit, int32_t 
       std::memcpy(out + int64_t{g} * op.head_dim, acc, static_cast<size_t>(op.head_dim) * 4);
     }
     for (int32_t kind = 0; kind < 2; ++kind) {
-      if (((call.prepare >> kind) & 1u) == 0) continue;
+      if (((call.prepare >> kind) & 1u) == 0) {
+        continue;
+      }
       call.matrix->prepare(static_cast<ActKind>(kind), out, call.out_width, head * columns, columns,
                            call.acts[kind] + token * call.act_stride[kind]);
     }
   }
 }
 
-void run_unit(const AttentionCall& call, const AttentionScratch& scratch,
-              const AttentionUnit& unit, int32_t head) {
+void run_unit(const AttentionCall& call, const AttentionScratch& scratch, const AttentionUnit& unit,
+              int32_t head) {
   const AttentionOp& op = *call.op;
   const int32_t m = unit.count * op.group;
   const State total = state_at(scratch.state);
@@ -132,7 +136,9 @@ void run_unit(const AttentionCall& call, const AttentionScratch& scratch,
   run_segment(call, scratch, unit, head, unit.segment, partial(unit.segment));
   // The last to finish merges; acq_rel makes the other workers' partial results visible to it.
   std::atomic<int32_t>& done = shared.done[int64_t{head} * shared.max_splits + unit.done];
-  if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < unit.segments) return;
+  if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < unit.segments) {
+    return;
+  }
   done.store(0, std::memory_order_relaxed);  // for the next layer, which starts after a barrier
   reset(total, m, op.padded_dim);
   for (int32_t segment = 0; segment < unit.segments; ++segment) {
@@ -186,7 +192,9 @@ void plan_shape(const StepView& view, int32_t num_threads, const AttentionShared
 }  // namespace
 
 void plan_attention(const StepView& view, int32_t num_threads, AttentionShared& shared) {
-  for (AttentionShape& shape : shared.shapes) plan_shape(view, num_threads, shared, shape);
+  for (AttentionShape& shape : shared.shapes) {
+    plan_shape(view, num_threads, shared, shape);
+  }
 }
 
 void fill_ropes(const StepView& view, AttentionShared& shared, int32_t first, int32_t last) {
@@ -230,7 +238,9 @@ void append_kv(const AttentionCall& call, const AttentionScratch& scratch, int32
       } else {
         std::memcpy(to, q, static_cast<size_t>(op.head_dim) * 4);
       }
-      if (rope != nullptr) vector.rope(to, cosines, sines, op.half, op.neox);
+      if (rope != nullptr) {
+        vector.rope(to, cosines, sines, op.half, op.neox);
+      }
       vector.scale(to, op.scale, op.head_dim);
     }
     const float* k = call.k + t * call.k_stride + head * op.head_dim;
@@ -239,7 +249,9 @@ void append_kv(const AttentionCall& call, const AttentionScratch& scratch, int32
     } else {
       std::memcpy(scratch.head, k, static_cast<size_t>(op.head_dim) * 4);
     }
-    if (rope != nullptr) vector.rope(scratch.head, cosines, sines, op.half, op.neox);
+    if (rope != nullptr) {
+      vector.rope(scratch.head, cosines, sines, op.half, op.neox);
+    }
     const int64_t slot = call.view->kv_slot[t];
     const int64_t place = slot / page_size * op.kv_heads + head;
     const int64_t offset = slot % page_size;
@@ -258,9 +270,11 @@ void attend(const AttentionCall& call, const AttentionScratch& scratch, int32_t 
   const auto count = static_cast<int64_t>(shape.units.size());
   const int64_t tasks = count * op.kv_heads;
   while (true) {
-    const int64_t task =
-        num_threads == 1 ? call.tail->next++ : call.tail->next.fetch_add(1, std::memory_order_relaxed);
-    if (task >= tasks) return;
+    const int64_t task = num_threads == 1 ? call.tail->next++
+                                          : call.tail->next.fetch_add(1, std::memory_order_relaxed);
+    if (task >= tasks) {
+      return;
+    }
     run_unit(call, scratch, shape.units[static_cast<size_t>(task / op.kv_heads)],
              static_cast<int32_t>(task % op.kv_heads));
   }

@@ -21,8 +21,8 @@
 #include "experts/tasks.h"
 #include "kernels/kernels.h"
 #include "kernels/vector.h"
-#include "model/step_view.h"
 #include "kt.h"
+#include "model/step_view.h"
 
 namespace kt {
 
@@ -43,11 +43,11 @@ struct AttentionOp {
   float scale = 1;
   const float* q_norm = nullptr;
   const float* k_norm = nullptr;
-  int32_t rope_table = -1;   // index into AttentionShared::ropes
-  int32_t shape = -1;        // index into AttentionShared::shapes
-  uint8_t* keys = nullptr;   // [num_pages][kv_heads][page_size / 16][D][16]
-  uint8_t* values = nullptr; // [num_pages][kv_heads][page_size][Dp]
-  int64_t key_page = 0;      // bytes of one page and head
+  int32_t rope_table = -1;    // index into AttentionShared::ropes
+  int32_t shape = -1;         // index into AttentionShared::shapes
+  uint8_t* keys = nullptr;    // [num_pages][kv_heads][page_size / 16][D][16]
+  uint8_t* values = nullptr;  // [num_pages][kv_heads][page_size][Dp]
+  int64_t key_page = 0;       // bytes of one page and head
   int64_t value_page = 0;
 };
 
@@ -62,12 +62,12 @@ struct RopeTable {
 
 struct AttentionUnit {
   int32_t row = 0;
-  int32_t first = 0;    // token index of the first query
-  int32_t count = 0;    // queries
-  int32_t segment = -1; // -1 = all segments
-  int32_t segments = 0; // of a split unit
-  int32_t partial = 0;  // first partial result of a split unit and head 0
-  int32_t done = 0;     // its countdown
+  int32_t first = 0;     // token index of the first query
+  int32_t count = 0;     // queries
+  int32_t segment = -1;  // -1 = all segments
+  int32_t segments = 0;  // of a split unit
+  int32_t partial = 0;   // first partial result of a split unit and head 0
+  int32_t done = 0;      // its countdown
 };
 
 // Units of a step for one (group size, KV heads); layers of equal shape share it.
@@ -82,15 +82,15 @@ struct AttentionShape {
 struct AttentionShared {
   std::vector<RopeTable> ropes;
   std::vector<AttentionShape> shapes;
-  float* queries = nullptr;       // [max_tokens, QH * D] normed, rotated, scaled, head-major groups
-  float* partials = nullptr;      // results of single segments
-  int64_t partial_stride = 0;     // floats: max, sum [kQueryRows] each, acc [kQueryRows, Dp]
-  int32_t max_partials = 0;       // per KV head
+  float* queries = nullptr;    // [max_tokens, QH * D] normed, rotated, scaled, head-major groups
+  float* partials = nullptr;   // results of single segments
+  int64_t partial_stride = 0;  // floats: max, sum [kQueryRows] each, acc [kQueryRows, Dp]
+  int32_t max_partials = 0;    // per KV head
   std::atomic<int32_t>* done = nullptr;  // countdown per (split unit, head)
   int32_t max_splits = 0;
 };
 
-struct AttentionScratch {  // per worker
+struct AttentionScratch {   // per worker
   float* state = nullptr;   // total: max, sum, acc
   float* part = nullptr;    // current segment: max, sum, acc
   float* scores = nullptr;  // [kQueryRows, 64]
@@ -128,8 +128,6 @@ void append_kv(const AttentionCall& call, const AttentionScratch& scratch, int32
 void attend(const AttentionCall& call, const AttentionScratch& scratch, int32_t num_threads);
 
 // Floats of one partial result.
-inline int64_t partial_floats(int32_t padded_dim) {
-  return int64_t{kQueryRows} * (2 + padded_dim);
-}
+inline int64_t partial_floats(int32_t padded_dim) { return int64_t{kQueryRows} * (2 + padded_dim); }
 
 }  // namespace kt

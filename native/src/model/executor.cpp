@@ -30,32 +30,49 @@ void Executor::work(int32_t worker) {
   fill_ropes(m_.view_, m_.attention_, static_cast<int32_t>(tokens.first),
              static_cast<int32_t>(tokens.last));
   // Every first step but attention has a barrier between here and the first use of the tables.
-  if (m_.steps_.front().code == KT_OP_ATTENTION) m_.workers_.barrier();
+  if (m_.steps_.front().code == KT_OP_ATTENTION) {
+    m_.workers_.barrier();
+  }
   int64_t before = worker == 0 ? now_ns() : 0;
   for (const Step& s : m_.steps_) {
     step(s, worker);
-    if (worker != 0) continue;
+    if (worker != 0) {
+      continue;
+    }
     const int64_t now = now_ns();
     m_.class_ns_[s.time_class] += now - before;
     before = now;
   }
   m_.sampler_->run(worker);
-  if (worker == 0) m_.sample_ns_ += now_ns() - before;
+  if (worker == 0) {
+    m_.sample_ns_ += now_ns() - before;
+  }
 }
 
 void Executor::step(const Step& s, int32_t worker) {
-  if (s.code == kStepPrepare) return prepare_buffer(s, worker);
+  if (s.code == kStepPrepare) {
+    return prepare_buffer(s, worker);
+  }
   const kt_op& op = m_.ops_[static_cast<size_t>(s.first)];
   // Nothing reads the logits of a step without logit rows.
-  if (rows_of(buffer(op.out[0])) == 0) return;
+  if (rows_of(buffer(op.out[0])) == 0) {
+    return;
+  }
   switch (op.code) {
-    case KT_OP_EMBED: return embed(s, op, worker);
-    case KT_OP_RMSNORM: return norm(s, op, worker);
-    case KT_OP_LINEAR: return linear(s, worker);
-    case KT_OP_ATTENTION: return attention(s, op, worker);
-    case KT_OP_MOE: return experts(s, op, worker);
-    case KT_OP_GATHER: return gather(s, op, worker);
-    default: return elementwise(s, op, worker);
+    case KT_OP_EMBED:
+      return embed(s, op, worker);
+    case KT_OP_RMSNORM:
+      return norm(s, op, worker);
+    case KT_OP_LINEAR:
+      return linear(s, worker);
+    case KT_OP_ATTENTION:
+      return attention(s, op, worker);
+    case KT_OP_MOE:
+      return experts(s, op, worker);
+    case KT_OP_GATHER:
+      return gather(s, op, worker);
+    default:
+      return elementwise(s, op, worker);
   }
 }
 
@@ -72,7 +89,9 @@ void Executor::for_pieces(int64_t rows, int32_t width, int32_t worker, Body&& bo
 void Executor::prepare_row(const Buffer& b, uint32_t forms, int64_t row, int32_t first,
                            int32_t count) {
   for (int32_t kind = 0; kind < kNumActKinds; ++kind) {
-    if (((forms >> kind) & 1u) == 0) continue;
+    if (((forms >> kind) & 1u) == 0) {
+      continue;
+    }
     m_.matrix_->prepare(static_cast<ActKind>(kind), b.data + row * b.stride + first, b.width, first,
                         count, b.acts[kind] + row * b.act_stride[kind]);
   }
@@ -94,7 +113,9 @@ void Executor::embed(const Step& s, const kt_op& op, int32_t worker) {
 
 void Executor::norm(const Step& s, const kt_op& op, int32_t worker) {
   const Buffer& out = buffer(op.out[0]);
-  if (is_private(s, out)) return private_norm(s, op, worker);
+  if (is_private(s, out)) {
+    return private_norm(s, op, worker);
+  }
   const Buffer& in = buffer(op.in[0]);
   const int32_t group = op.i[0] == 0 ? in.width : op.i[0];
   const Range rows = split(rows_of(out), worker, m_.workers_.num_threads());
@@ -121,7 +142,9 @@ void Executor::private_norm(const Step& s, const kt_op& op, int32_t worker) {
                            to + c);
     }
     for (int32_t kind = 0; kind < kNumActKinds; ++kind) {
-      if (((s.prepare >> kind) & 1u) == 0) continue;
+      if (((s.prepare >> kind) & 1u) == 0) {
+        continue;
+      }
       m_.matrix_->prepare(static_cast<ActKind>(kind), to, out.width, 0, out.width,
                           mine.acts[kind] + row * out.act_stride[kind]);
     }
@@ -166,7 +189,9 @@ void Executor::gather(const Step& s, const kt_op& op, int32_t worker) {
 
 void Executor::prepare_buffer(const Step& s, int32_t worker) {
   const Buffer& b = buffer(s.buffer);
-  if (rows_of(b) == 0) return;
+  if (rows_of(b) == 0) {
+    return;
+  }
   for_pieces(rows_of(b), b.width, worker, [&](int64_t row, int32_t first, int32_t count) {
     prepare_row(b, s.prepare, row, first, count);
   });
@@ -187,21 +212,23 @@ void Executor::linear(const Step& s, int32_t worker) {
   }
   share_range(total, worker - team.first, team.last - team.first, largest,
               m_.tails_[static_cast<size_t>(s.tails) + p], [&](int64_t lo, int64_t hi) {
-    int64_t start = 0;
-    for (int32_t i = s.first; i < s.first + s.count && start < hi; ++i) {
-      const kt_op& op = m_.ops_[static_cast<size_t>(i)];
-      const Matrix& w = weight(op.w[0]).parts[p].matrix;
-      // A band belongs to the piece in which it begins.
-      const auto index = [&](int64_t at) {
-        const int64_t band = (at - start + w.band_bytes - 1) / w.band_bytes;
-        return static_cast<int32_t>(std::clamp<int64_t>(band, 0, w.num_bands));
-      };
-      const int32_t first = lo <= start ? 0 : index(lo);
-      const int32_t last = index(hi);
-      if (first < last) linear_bands(s, op, p, first, last, worker);
-      start += w.num_bands * w.band_bytes;
-    }
-  });
+                int64_t start = 0;
+                for (int32_t i = s.first; i < s.first + s.count && start < hi; ++i) {
+                  const kt_op& op = m_.ops_[static_cast<size_t>(i)];
+                  const Matrix& w = weight(op.w[0]).parts[p].matrix;
+                  // A band belongs to the piece in which it begins.
+                  const auto index = [&](int64_t at) {
+                    const int64_t band = (at - start + w.band_bytes - 1) / w.band_bytes;
+                    return static_cast<int32_t>(std::clamp<int64_t>(band, 0, w.num_bands));
+                  };
+                  const int32_t first = lo <= start ? 0 : index(lo);
+                  const int32_t last = index(hi);
+                  if (first < last) {
+                    linear_bands(s, op, p, first, last, worker);
+                  }
+                  start += w.num_bands * w.band_bytes;
+                }
+              });
   m_.workers_.barrier();
 }
 
@@ -233,7 +260,9 @@ void Executor::linear_bands(const Step& s, const kt_op& op, size_t p, int32_t fi
                                 mine.multiply);
       for (int32_t i = 0; i < m; ++i, to += out.stride) {
         float* sums = mine.temp + i * kBandRows;
-        if (bias != nullptr) m_.vector_->add_scaled(sums, 1.0f, bias + column, columns, sums);
+        if (bias != nullptr) {
+          m_.vector_->add_scaled(sums, 1.0f, bias + column, columns, sums);
+        }
         if (residual != nullptr) {
           const float* add = residual->data + int64_t{row + i} * residual->stride + column;
           m_.vector_->add_scaled(sums, 1.0f, add, columns, to);
@@ -303,7 +332,9 @@ void Executor::select(const MoeOp& moe, int32_t token, WorkerScratch& mine, int3
   float* scores = mine.choice;
   std::memcpy(scores, m_.router_logits_ + int64_t{token} * count, static_cast<size_t>(count) * 4);
   if (moe.routing.sigmoid != 0) {
-    for (int32_t e = 0; e < count; ++e) scores[e] = 1.0f / (1.0f + __builtin_expf(-scores[e]));
+    for (int32_t e = 0; e < count; ++e) {
+      scores[e] = 1.0f / (1.0f + __builtin_expf(-scores[e]));
+    }
   } else {
     m_.vector_->softmax(scores, count);
   }

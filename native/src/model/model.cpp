@@ -48,7 +48,9 @@ Model::Model(const kt_model_config& config, Workers& workers)
 }
 
 void Model::require_setup(const char* call) const {
-  if (finished_) fail_state(std::string(call) + ": the model is already finished");
+  if (finished_) {
+    fail_state(std::string(call) + ": the model is already finished");
+  }
 }
 
 int32_t Model::add_buffer(int32_t width, int32_t by_sample) {
@@ -94,8 +96,12 @@ void Model::add_op(const kt_op& op) {
     attention.neox = op.i[5];
     attention.eps = op.f[0];
     attention.scale = op.f[1];
-    if (const Weight* w = checker.weight_or_null(0)) attention.q_norm = w->values;
-    if (const Weight* w = checker.weight_or_null(1)) attention.k_norm = w->values;
+    if (const Weight* w = checker.weight_or_null(0)) {
+      attention.q_norm = w->values;
+    }
+    if (const Weight* w = checker.weight_or_null(1)) {
+      attention.k_norm = w->values;
+    }
     extra = static_cast<int32_t>(attentions_.size());
     attentions_.push_back(attention);
   } else if (op.code == KT_OP_MOE) {
@@ -108,7 +114,9 @@ void Model::add_op(const kt_op& op) {
     moe.routing.groups_kept = op.i[4];
     moe.routing.sum_of_two = op.i[5];
     moe.routing.scale = op.f[0] == 0.0f ? 1.0f : op.f[0];
-    if (const Weight* w = checker.weight_or_null(4)) moe.routing.bias = w->values;
+    if (const Weight* w = checker.weight_or_null(4)) {
+      moe.routing.bias = w->values;
+    }
     moe.router = unpack_values(workers_, arena_, checker.weight(0));
     // weights_ may still grow and move: finish() sets the pointers.
     extra = static_cast<int32_t>(moes_.size());
@@ -129,10 +137,14 @@ void Model::finish(int32_t logits_buffer) {
                   std::to_string(logits.width) + " and " + (logits.by_sample ? "S" : "T") +
                   " rows, expected S rows of vocab_size " + std::to_string(config_.vocab_size));
   }
-  if (ops_.empty()) fail_argument("the model has no operations");
+  if (ops_.empty()) {
+    fail_argument("the model has no operations");
+  }
   Scheduler(*this).build();
   for (size_t i = 0; i < ops_.size(); ++i) {
-    if (ops_[i].code != KT_OP_MOE) continue;
+    if (ops_[i].code != KT_OP_MOE) {
+      continue;
+    }
     const auto at = [&](int32_t slot) { return &weights_[static_cast<size_t>(ops_[i].w[slot])]; };
     moes_[static_cast<size_t>(op_extra_[i])].weights = {at(1), at(2), at(3)};
   }
@@ -147,12 +159,16 @@ void Model::finish(int32_t logits_buffer) {
 
 void Model::run(const kt_plan& plan, const kt_block_layout& layout, const void* block,
                 kt_sample_out& out) {
-  if (!finished_) fail_state("kt_model_run: the model is not finished");
+  if (!finished_) {
+    fail_state("kt_model_run: the model is not finished");
+  }
   view_ = view_step(plan, layout, block, config_);
   const auto num_previous = static_cast<int32_t>(previous_.size());
   for (int32_t t = 0; t < view_.num_tokens; ++t) {
     int32_t id = view_.tokens[t];
-    if (id < 0 && -1 - id < num_previous) id = previous_[static_cast<size_t>(-1 - id)];
+    if (id < 0 && -1 - id < num_previous) {
+      id = previous_[static_cast<size_t>(-1 - id)];
+    }
     if (id < 0 || (embed_rows_ > 0 && id >= embed_rows_)) {
       fail_argument("tokens[" + std::to_string(t) + "] is " + std::to_string(view_.tokens[t]) +
                     ", allowed is " + std::to_string(-num_previous) + " .. " +
@@ -163,14 +179,18 @@ void Model::run(const kt_plan& plan, const kt_block_layout& layout, const void* 
   const Buffer& logits = buffers_[static_cast<size_t>(logits_buffer_)];
   sampler_->prepare(view_, logits.data, logits.stride, out);
   plan_attention(view_, workers_.num_threads(), attention_);
-  for (int32_t i = 0; i < num_tails_; ++i) tails_[i].next.store(0, std::memory_order_relaxed);
+  for (int32_t i = 0; i < num_tails_; ++i) {
+    tails_[i].next.store(0, std::memory_order_relaxed);
+  }
   Executor executor(*this);
   executor.run();
   previous_.assign(out.tokens, out.tokens + view_.num_samples);
 }
 
 void Model::read(int32_t buffer_id, int32_t first, int32_t count, float* dst) {
-  if (!finished_) fail_state("kt_model_read: the model is not finished");
+  if (!finished_) {
+    fail_state("kt_model_read: the model is not finished");
+  }
   if (buffer_id < 0 || buffer_id >= static_cast<int32_t>(buffers_.size())) {
     fail_argument("buffer " + std::to_string(buffer_id) + " does not exist");
   }
@@ -181,10 +201,11 @@ void Model::read(int32_t buffer_id, int32_t first, int32_t count, float* dst) {
                   std::to_string(int64_t{first} + count - 1) + " of buffer " +
                   std::to_string(buffer_id) + " are outside its " + std::to_string(rows));
   }
-  if (count > 0) require_handle(dst, "dst");
+  if (count > 0) {
+    require_handle(dst, "dst");
+  }
   for (int32_t i = 0; i < count; ++i) {
-    std::memcpy(dst + int64_t{i} * buffer.width,
-                buffer.data + int64_t{first + i} * buffer.stride,
+    std::memcpy(dst + int64_t{i} * buffer.width, buffer.data + int64_t{first + i} * buffer.stride,
                 static_cast<size_t>(buffer.width) * 4);
   }
 }

@@ -45,7 +45,13 @@ struct Buffer {
   int64_t act_stride[kNumActKinds] = {0, 0};
 };
 
-enum StepClass : int32_t { kClassOther = 0, kClassLinear, kClassAttention, kClassExperts, kNumClasses };
+enum StepClass : int32_t {
+  kClassOther = 0,
+  kClassLinear,
+  kClassAttention,
+  kClassExperts,
+  kNumClasses
+};
 
 // One scheduled step: an operation, a group of linears (first .. first + count), or the preparation
 // of a buffer (code kStepPrepare).
@@ -54,10 +60,10 @@ struct Step {
   int32_t code = 0;
   int32_t first = 0;
   int32_t count = 1;
-  int32_t buffer = -1;      // kStepPrepare
-  uint32_t prepare = 0;     // bit ActKind: forms of the output to prepare
-  bool use_private = false; // norm: may be computed per worker; linear, experts: input is private
-  int32_t tails = 0;        // first tail counter
+  int32_t buffer = -1;       // kStepPrepare
+  uint32_t prepare = 0;      // bit ActKind: forms of the output to prepare
+  bool use_private = false;  // norm: may be computed per worker; linear, experts: input is private
+  int32_t tails = 0;         // first tail counter
   StepClass time_class = kClassOther;
 };
 
@@ -67,8 +73,8 @@ struct WorkerScratch {
   uint8_t* acts[kNumActKinds] = {nullptr, nullptr};
   float* temp = nullptr;  // kLinearRows * kBandRows sums of a linear's band
   uint8_t* multiply = nullptr;
-  float* choice = nullptr;     // router: scores and choice, 2 * E
-  int32_t* ids = nullptr;      // kPrivateRows * K
+  float* choice = nullptr;  // router: scores and choice, 2 * E
+  int32_t* ids = nullptr;   // kPrivateRows * K
   float* weights = nullptr;
   AttentionScratch attention;
 };
@@ -128,9 +134,9 @@ class Model {
   TailCounter* tails_ = nullptr;
   int32_t num_tails_ = 0;
   std::unique_ptr<Sampler> sampler_;
-  int32_t embed_rows_ = 0;           // ids must be below; 0 without an EMBED
-  std::vector<int32_t> previous_;    // sampled by the step before, for look-ahead tokens
-  std::vector<int32_t> tokens_;      // resolved ids of the step
+  int32_t embed_rows_ = 0;         // ids must be below; 0 without an EMBED
+  std::vector<int32_t> previous_;  // sampled by the step before, for look-ahead tokens
+  std::vector<int32_t> tokens_;    // resolved ids of the step
   StepView view_;
   int64_t class_ns_[kNumClasses] = {0, 0, 0, 0};
   int64_t sample_ns_ = 0;

@@ -9,16 +9,26 @@ namespace {
 
 const char* op_name(int32_t code) {
   switch (code) {
-    case KT_OP_EMBED: return "embed";
-    case KT_OP_RMSNORM: return "rmsnorm";
-    case KT_OP_LINEAR: return "linear";
-    case KT_OP_ATTENTION: return "attention";
-    case KT_OP_MOE: return "moe";
-    case KT_OP_SILU_MUL: return "silu_mul";
-    case KT_OP_ADD: return "add";
-    case KT_OP_GATE_ADD: return "gate_add";
-    case KT_OP_GATHER: return "gather";
-    default: return "unknown";
+    case KT_OP_EMBED:
+      return "embed";
+    case KT_OP_RMSNORM:
+      return "rmsnorm";
+    case KT_OP_LINEAR:
+      return "linear";
+    case KT_OP_ATTENTION:
+      return "attention";
+    case KT_OP_MOE:
+      return "moe";
+    case KT_OP_SILU_MUL:
+      return "silu_mul";
+    case KT_OP_ADD:
+      return "add";
+    case KT_OP_GATE_ADD:
+      return "gate_add";
+    case KT_OP_GATHER:
+      return "gather";
+    default:
+      return "unknown";
   }
 }
 
@@ -27,8 +37,9 @@ std::string num(int64_t value) { return std::to_string(value); }
 }  // namespace
 
 OpChecker::OpChecker(const Model& model, const kt_op& op, size_t index)
-    : model_(model), op_(op), name_("op " + num(static_cast<int64_t>(index)) + " (" +
-                                    op_name(op.code) + ")") {}
+    : model_(model),
+      op_(op),
+      name_("op " + num(static_cast<int64_t>(index)) + " (" + op_name(op.code) + ")") {}
 
 void OpChecker::fail(const std::string& message) const { fail_argument(name_ + ": " + message); }
 
@@ -82,7 +93,9 @@ const Weight& OpChecker::kind_of(int32_t slot, int32_t kind) const {
 }
 
 void OpChecker::require_vector(int32_t slot, int64_t size) const {
-  if (op_.w[slot] == -1) return;
+  if (op_.w[slot] == -1) {
+    return;
+  }
   const Weight& w = kind_of(slot, KT_WEIGHT_VECTOR);
   if (w.size() != size) {
     fail("w" + num(slot) + " " + describe_weight(w) + " has " + num(w.size()) +
@@ -100,24 +113,36 @@ void OpChecker::require_int(int32_t slot, int32_t low, int32_t high, const char*
 
 void OpChecker::check() const {
   switch (op_.code) {
-    case KT_OP_EMBED: return check_embed();
-    case KT_OP_RMSNORM: return check_norm();
-    case KT_OP_LINEAR: return check_linear();
-    case KT_OP_ATTENTION: return check_attention();
-    case KT_OP_MOE: return check_moe();
+    case KT_OP_EMBED:
+      return check_embed();
+    case KT_OP_RMSNORM:
+      return check_norm();
+    case KT_OP_LINEAR:
+      return check_linear();
+    case KT_OP_ATTENTION:
+      return check_attention();
+    case KT_OP_MOE:
+      return check_moe();
     case KT_OP_SILU_MUL:
     case KT_OP_ADD:
-    case KT_OP_GATE_ADD: return check_elementwise();
-    case KT_OP_GATHER: return check_gather();
-    default: fail("code " + num(op_.code) + " is unknown");
+    case KT_OP_GATE_ADD:
+      return check_elementwise();
+    case KT_OP_GATHER:
+      return check_gather();
+    default:
+      fail("code " + num(op_.code) + " is unknown");
   }
 }
 
 void OpChecker::check_embed() const {
   const Weight& table = kind_of(0, KT_WEIGHT_BORROW);
-  if (table.num_experts != 1) fail("w0 " + describe_weight(table) + " must be one matrix");
+  if (table.num_experts != 1) {
+    fail("w0 " + describe_weight(table) + " must be one matrix");
+  }
   require_width("out0", out(), table.cols);
-  if (out().by_sample) fail("out0 must have T rows");
+  if (out().by_sample) {
+    fail("out0 must have T rows");
+  }
 }
 
 void OpChecker::check_norm() const {
@@ -127,14 +152,20 @@ void OpChecker::check_norm() const {
   if (group < 1 || in(0).width % group != 0) {
     fail("i0 (group) is " + num(op_.i[0]) + ", not a divisor of the width " + num(in(0).width));
   }
-  if (op_.w[0] == -1) fail("w0 is missing");
+  if (op_.w[0] == -1) {
+    fail("w0 is missing");
+  }
   require_vector(0, group);
-  if (!(op_.f[0] >= 0.0f)) fail("f0 (eps) is " + std::to_string(op_.f[0]));
+  if (!(op_.f[0] >= 0.0f)) {
+    fail("f0 (eps) is " + std::to_string(op_.f[0]));
+  }
 }
 
 void OpChecker::check_linear() const {
   const Weight& w = kind_of(0, KT_WEIGHT_MATRIX);
-  if (w.num_experts != 1) fail("w0 " + describe_weight(w) + " must be one matrix");
+  if (w.num_experts != 1) {
+    fail("w0 " + describe_weight(w) + " must be one matrix");
+  }
   require_width("in0", in(0), w.cols);
   require_width("out0", out(), w.rows);
   require_same_rows("in0", in(0), out());
@@ -160,7 +191,9 @@ void OpChecker::check_attention() const {
     fail_unsupported(name_ + ": " + num(op_.i[1] / op_.i[2]) +
                      " query heads share a KV head, at most " + num(kQueryRows) + " may");
   }
-  if (op_.i[4] % 2 != 0) fail("i4 (rotary dims) is " + num(op_.i[4]) + ", must be even");
+  if (op_.i[4] % 2 != 0) {
+    fail("i4 (rotary dims) is " + num(op_.i[4]) + ", must be even");
+  }
   const int64_t q = int64_t{op_.i[1]} * op_.i[3];
   const int64_t k = int64_t{op_.i[2]} * op_.i[3];
   require_width("in0", in(0), q);
@@ -168,14 +201,20 @@ void OpChecker::check_attention() const {
   require_width("in2", in(2), k);
   require_width("out0", out(), q);
   for (int32_t slot = 0; slot < 3; ++slot) {
-    if (in(slot).by_sample || out().by_sample) fail("all buffers must have T rows");
+    if (in(slot).by_sample || out().by_sample) {
+      fail("all buffers must have T rows");
+    }
     require_not_aliased(slot);
   }
   require_vector(0, op_.i[3]);
   require_vector(1, op_.i[3]);
-  if (op_.i[4] > 0 && op_.w[2] == -1) fail("w2 (inverse frequencies) is missing");
+  if (op_.i[4] > 0 && op_.w[2] == -1) {
+    fail("w2 (inverse frequencies) is missing");
+  }
   require_vector(2, op_.i[4] / 2);
-  if (!std::isfinite(op_.f[1])) fail("f1 (softmax scale) is not finite");
+  if (!std::isfinite(op_.f[1])) {
+    fail("f1 (softmax scale) is not finite");
+  }
 }
 
 void OpChecker::check_moe() const {
@@ -233,8 +272,12 @@ void OpChecker::check_elementwise() const {
 
 void OpChecker::check_gather() const {
   require_width("in0", in(0), out().width);
-  if (in(0).by_sample) fail("in0 must have T rows");
-  if (!out().by_sample) fail("out0 must have S rows");
+  if (in(0).by_sample) {
+    fail("in0 must have T rows");
+  }
+  if (!out().by_sample) {
+    fail("out0 must have S rows");
+  }
 }
 
 }  // namespace kt

@@ -19,7 +19,9 @@ inline PhiloxBlock philox(uint64_t key, uint64_t counter) {
     const uint64_t b = uint64_t{0xCD9E8D57u} * c[2];
     const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ c[1] ^ k0, static_cast<uint32_t>(b),
                               static_cast<uint32_t>(a >> 32) ^ c[3] ^ k1, static_cast<uint32_t>(a)};
-    for (int i = 0; i < 4; ++i) c[i] = next[i];
+    for (int i = 0; i < 4; ++i) {
+      c[i] = next[i];
+    }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

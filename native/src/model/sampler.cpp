@@ -19,13 +19,21 @@ void check_params(const kt_sample_params& p, int32_t row) {
     fail_argument("samples[" + std::to_string(row) + "]." + field + " is " + std::to_string(value) +
                   ", allowed is " + limit);
   };
-  if (!(p.temperature >= 0.0f)) reject("temperature", p.temperature, "0 or more");
-  if (!(p.top_p >= 0.0f && p.top_p <= 1.0f)) reject("top_p", p.top_p, "0 .. 1");
-  if (!(p.min_p >= 0.0f && p.min_p <= 1.0f)) reject("min_p", p.min_p, "0 .. 1");
+  if (!(p.temperature >= 0.0f)) {
+    reject("temperature", p.temperature, "0 or more");
+  }
+  if (!(p.top_p >= 0.0f && p.top_p <= 1.0f)) {
+    reject("top_p", p.top_p, "0 .. 1");
+  }
+  if (!(p.min_p >= 0.0f && p.min_p <= 1.0f)) {
+    reject("min_p", p.min_p, "0 .. 1");
+  }
   if (!(p.repetition_penalty > 0.0f)) {
     reject("repetition_penalty", p.repetition_penalty, "above 0");
   }
-  if (p.top_k < 0) reject("top_k", static_cast<float>(p.top_k), "0 or more");
+  if (p.top_k < 0) {
+    reject("top_k", static_cast<float>(p.top_k), "0 or more");
+  }
 }
 
 }  // namespace
@@ -57,17 +65,23 @@ void Sampler::prepare(const StepView& view, const float* logits, int64_t stride,
     fail_argument("kt_sample_out has room for " + std::to_string(out.num_samples) +
                   " rows, the step has " + std::to_string(view.num_samples));
   }
-  if (view.num_samples > 0) require_handle(out.tokens, "kt_sample_out.tokens");
+  if (view.num_samples > 0) {
+    require_handle(out.tokens, "kt_sample_out.tokens");
+  }
   check_samples(view, vocab_size_);
   for (int32_t row = 0; row < view.num_samples; ++row) {
     const kt_sample_params& p = view.samples[row];
     check_params(p, row);
-    if (needs_raw(p)) require_handle(out.logprobs, "kt_sample_out.logprobs");
+    if (needs_raw(p)) {
+      require_handle(out.logprobs, "kt_sample_out.logprobs");
+    }
     if (p.num_logprobs > 0) {
       require_handle(out.top_ids, "kt_sample_out.top_ids");
       require_handle(out.top_logprobs, "kt_sample_out.top_logprobs");
     }
-    if (p.mask_row < 0) continue;
+    if (p.mask_row < 0) {
+      continue;
+    }
     require_handle(out.mask, "kt_sample_out.mask");
     const uint32_t* mask = out.mask + int64_t{p.mask_row} * ((vocab_size_ + 31) / 32);
     bool any = false;
@@ -77,8 +91,8 @@ void Sampler::prepare(const StepView& view, const float* logits, int64_t stride,
       any = (mask[id / 32] & valid) != 0;
     }
     if (!any) {
-      fail_argument("samples[" + std::to_string(row) + "]: mask row " +
-                    std::to_string(p.mask_row) + " allows no token");
+      fail_argument("samples[" + std::to_string(row) + "]: mask row " + std::to_string(p.mask_row) +
+                    " allows no token");
     }
   }
   view_ = &view;
@@ -90,22 +104,26 @@ void Sampler::prepare(const StepView& view, const float* logits, int64_t stride,
 }
 
 bool Sampler::needs_copy(const kt_sample_params& p) const {
-  return p.target < 0 && (p.temperature > 0.0f || p.mask_row >= 0 || p.bias_count > 0 ||
-                          p.history_count > 0);
+  return p.target < 0 &&
+         (p.temperature > 0.0f || p.mask_row >= 0 || p.bias_count > 0 || p.history_count > 0);
 }
 
 void Sampler::run(int32_t worker) {
   const int64_t tasks = int64_t{view_->num_samples} * num_slices_;
   while (true) {
     const int64_t task = slice_tasks_.next.fetch_add(1, std::memory_order_relaxed);
-    if (task >= tasks) break;
+    if (task >= tasks) {
+      break;
+    }
     process_slice(static_cast<int32_t>(task / num_slices_),
                   static_cast<int32_t>(task % num_slices_));
   }
   workers_.barrier();
   while (true) {
     const int64_t row = row_tasks_.next.fetch_add(1, std::memory_order_relaxed);
-    if (row >= view_->num_samples) break;
+    if (row >= view_->num_samples) {
+      break;
+    }
     finish_row(static_cast<int32_t>(row), scratch_[static_cast<size_t>(worker)]);
   }
 }
@@ -116,35 +134,44 @@ void Sampler::copy_slice(const kt_sample_params& p, int32_t row, int32_t first, 
   std::memcpy(to + first, raw(row) + first, static_cast<size_t>(last - first) * 4);
   for (int32_t i = p.history_start; i < p.history_start + p.history_count; ++i) {
     const int32_t id = view_->history_ids[i];
-    if (id < first || id >= last) continue;
+    if (id < first || id >= last) {
+      continue;
+    }
     float value = to[id];
     if (p.repetition_penalty != 1.0f) {
       value = value > 0.0f ? value / p.repetition_penalty : value * p.repetition_penalty;
     }
     const auto count = static_cast<float>(view_->history_counts[i]);
-    if (count > 0.0f) value -= p.presence_penalty + p.frequency_penalty * count;
+    if (count > 0.0f) {
+      value -= p.presence_penalty + p.frequency_penalty * count;
+    }
     to[id] = value;
   }
   for (int32_t i = p.bias_start; i < p.bias_start + p.bias_count; ++i) {
     const int32_t id = view_->bias_ids[i];
-    if (id >= first && id < last) to[id] += view_->bias_values[i];
+    if (id >= first && id < last) {
+      to[id] += view_->bias_values[i];
+    }
   }
   if (p.mask_row >= 0) {
     const uint32_t* mask = out_.mask + int64_t{p.mask_row} * ((vocab_size_ + 31) / 32);
     for (int32_t id = first; id < last; ++id) {
-      if (((mask[id >> 5] >> (id & 31)) & 1u) == 0) to[id] = kNever;
+      if (((mask[id >> 5] >> (id & 31)) & 1u) == 0) {
+        to[id] = kNever;
+      }
     }
   }
-  for (int32_t id = std::max(first, sample_vocab_); id < last; ++id) to[id] = kNever;
+  for (int32_t id = std::max(first, sample_vocab_); id < last; ++id) {
+    to[id] = kNever;
+  }
 }
 
 void Sampler::process_slice(int32_t row, int32_t slice) {
   const kt_sample_params& p = view_->samples[row];
   const int32_t first = slice * kSlice;
   const int32_t last = std::min(vocab_size_, first + kSlice);
-  SliceResult& result =
-      slices_[static_cast<size_t>(row) * static_cast<size_t>(num_slices_) +
-              static_cast<size_t>(slice)];
+  SliceResult& result = slices_[static_cast<size_t>(row) * static_cast<size_t>(num_slices_) +
+                                static_cast<size_t>(slice)];
   result = {kNever, first, kNever, 0.0};
   if (needs_copy(p)) {
     copy_slice(p, row, first, last);
@@ -183,7 +210,9 @@ void Sampler::finish_row(int32_t row, DrawScratch& scratch) {
     token = draw(p, work(row), best, best_id, scratch);
   }
   out_.tokens[row] = token;
-  if (!needs_raw(p)) return;
+  if (!needs_raw(p)) {
+    return;
+  }
   double sum = 0.0;
   for (int32_t s = 0; s < num_slices_; ++s) {
     if (parts[s].raw_max > kNever) {
@@ -193,7 +222,9 @@ void Sampler::finish_row(int32_t row, DrawScratch& scratch) {
   }
   const double log_sum = static_cast<double>(raw_max) + std::log(sum);
   out_.logprobs[row] = static_cast<float>(static_cast<double>(raw(row)[token]) - log_sum);
-  if (p.num_logprobs > 0) write_alternatives(row, p.num_logprobs, log_sum);
+  if (p.num_logprobs > 0) {
+    write_alternatives(row, p.num_logprobs, log_sum);
+  }
 }
 
 // The count most likely ids of the raw distribution, ties by id.
@@ -206,11 +237,17 @@ void Sampler::write_alternatives(int32_t row, int32_t count, double log_sum) {
     const int32_t n = std::min(kChunk, vocab_size_ - at);
     float top = 0.0f;
     (void)vector_.argmax(values + at, n, &top);
-    if (filled == count && !(top > values[ids[count - 1]])) continue;
+    if (filled == count && !(top > values[ids[count - 1]])) {
+      continue;
+    }
     for (int32_t id = at; id < at + n; ++id) {
-      if (filled == count && !(values[id] > values[ids[count - 1]])) continue;
+      if (filled == count && !(values[id] > values[ids[count - 1]])) {
+        continue;
+      }
       int32_t place = filled < count ? filled++ : count - 1;
-      for (; place > 0 && values[id] > values[ids[place - 1]]; --place) ids[place] = ids[place - 1];
+      for (; place > 0 && values[id] > values[ids[place - 1]]; --place) {
+        ids[place] = ids[place - 1];
+      }
       ids[place] = id;
     }
   }

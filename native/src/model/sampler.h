@@ -1,17 +1,17 @@
 // From logits to token ids and log-probabilities, by all workers.
 //
 // DESIGN
-//  Phase 1: tasks are (logit row, slice of kSlice ids): the row's processed logits (penalties, bias,
-//  mask; written only for rows that need them), their maximum, and the raw logits' log-sum-exp.
-//  Barrier. Phase 2: tasks are rows: greedy rows pick the best slice, others draw: weights are
-//  exp((l - max) / temperature), top_k, then top_p, then min_p decide which ids are kept, and the
-//  kept ids are walked in order until the drawn share of their mass is reached. Nothing of
-//  vocabulary size is ever sorted: maxima of 64 ids bound the k-th largest value, and a histogram
-//  narrows the search for top_p's last token to one bucket.
-//  Slices are fixed, so sums do not depend on the number of workers.
-//  Order of processing: repetition penalty (Hugging Face: divides positive, multiplies negative
-//  logits of every token seen), presence and frequency penalty (OpenAI: generated tokens only),
-//  bias, mask, temperature, top_k, top_p, min_p. Log-probabilities are of the raw logits.
+//  Phase 1: tasks are (logit row, slice of kSlice ids): the row's processed logits (penalties,
+//  bias, mask; written only for rows that need them), their maximum, and the raw logits'
+//  log-sum-exp. Barrier. Phase 2: tasks are rows: greedy rows pick the best slice, others draw:
+//  weights are exp((l - max) / temperature), top_k, then top_p, then min_p decide which ids are
+//  kept, and the kept ids are walked in order until the drawn share of their mass is reached.
+//  Nothing of vocabulary size is ever sorted: maxima of 64 ids bound the k-th largest value, and a
+//  histogram narrows the search for top_p's last token to one bucket. Slices are fixed, so sums do
+//  not depend on the number of workers. Order of processing: repetition penalty (Hugging Face:
+//  divides positive, multiplies negative logits of every token seen), presence and frequency
+//  penalty (OpenAI: generated tokens only), bias, mask, temperature, top_k, top_p, min_p.
+//  Log-probabilities are of the raw logits.
 #pragma once
 
 #include <cstdint>
@@ -43,10 +43,10 @@ class Sampler {
 
  private:
   struct SliceResult {
-    float best;       // processed maximum and its lowest id
+    float best;  // processed maximum and its lowest id
     int32_t best_id;
     float raw_max;
-    double raw_sum;   // sum of exp(raw - raw_max)
+    double raw_sum;  // sum of exp(raw - raw_max)
   };
   struct Candidate {
     float weight;

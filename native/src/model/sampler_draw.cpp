@@ -1,8 +1,8 @@
 // Drawing one token of a row: the random part of the sampler (see sampler.h).
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 #include "model/philox.h"
@@ -29,7 +29,9 @@ int32_t Sampler::draw(const kt_sample_params& p, float* values, float best, int3
                       DrawScratch& scratch) const {
   const float inverse = 1.0f / p.temperature;
   // So cold that the division overflows: the distribution is its maximum.
-  if (!std::isfinite(inverse)) return best_id;
+  if (!std::isfinite(inverse)) {
+    return best_id;
+  }
   if (p.top_k > 0 && p.top_k < sample_vocab_) {
     return draw_of_few(p, values, best, inverse, scratch);
   }
@@ -59,11 +61,15 @@ void Sampler::largest(const float* values, int32_t k, DrawScratch& scratch) cons
   auto& found = scratch.candidates;
   found.clear();
   for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-    if (scratch.chunk_max[static_cast<size_t>(chunk)] < bound) continue;
+    if (scratch.chunk_max[static_cast<size_t>(chunk)] < bound) {
+      continue;
+    }
     const int32_t first = chunk * kDrawChunk;
     const int32_t last = std::min(sample_vocab_, first + kDrawChunk);
     for (int32_t id = first; id < last; ++id) {
-      if (values[id] >= bound) found.push_back({values[id], id});
+      if (values[id] >= bound) {
+        found.push_back({values[id], id});
+      }
     }
   }
   const auto heavier = [](const Candidate& a, const Candidate& b) {
@@ -88,10 +94,14 @@ int32_t Sampler::draw_of_few(const kt_sample_params& p, const float* values, flo
   // The first is always kept; top_p keeps the fewest that reach its mass, min_p cuts the light end.
   while (count < kept.size()) {
     const float weight = kept[count].weight;
-    if (count > 0 && (weight < p.min_p || weight == 0.0f)) break;
+    if (count > 0 && (weight < p.min_p || weight == 0.0f)) {
+      break;
+    }
     sum += static_cast<double>(weight);
     ++count;
-    if (p.top_p < 1.0f && sum >= static_cast<double>(p.top_p) * total) break;
+    if (p.top_p < 1.0f && sum >= static_cast<double>(p.top_p) * total) {
+      break;
+    }
   }
   kept.resize(count);
   std::sort(kept.begin(), kept.end(),
@@ -100,7 +110,9 @@ int32_t Sampler::draw_of_few(const kt_sample_params& p, const float* values, flo
   double seen = 0.0;
   for (const Candidate& c : kept) {
     seen += static_cast<double>(c.weight);
-    if (seen > wanted) return c.id;
+    if (seen > wanted) {
+      return c.id;
+    }
   }
   return kept.back().id;
 }
@@ -114,17 +126,27 @@ int32_t Sampler::draw_of_all(const kt_sample_params& p, float* weights, float be
   }
   find_chunk_max(weights, scratch);
   Candidate last = {0.0f, std::numeric_limits<int32_t>::max()};  // the lightest that is kept
-  if (p.top_p < 1.0f) last = cut_mass(weights, static_cast<double>(p.top_p) * total, total, scratch);
-  if (p.min_p > last.weight) last = {p.min_p, std::numeric_limits<int32_t>::max()};
+  if (p.top_p < 1.0f) {
+    last = cut_mass(weights, static_cast<double>(p.top_p) * total, total, scratch);
+  }
+  if (p.min_p > last.weight) {
+    last = {p.min_p, std::numeric_limits<int32_t>::max()};
+  }
   const auto visit = [&](auto&& body) {
     for (int32_t at = 0; at < sample_vocab_; at += kDrawChunk) {
-      if (scratch.chunk_max[static_cast<size_t>(at / kDrawChunk)] < last.weight) continue;
+      if (scratch.chunk_max[static_cast<size_t>(at / kDrawChunk)] < last.weight) {
+        continue;
+      }
       const int32_t end = std::min(sample_vocab_, at + kDrawChunk);
       for (int32_t id = at; id < end; ++id) {
         const float w = weights[id];
         // Written so that NaN is never kept.
-        if (!(w > last.weight || (w == last.weight && id <= last.id && w > 0.0f))) continue;
-        if (!body(w, id)) return;
+        if (!(w > last.weight || (w == last.weight && id <= last.id && w > 0.0f))) {
+          continue;
+        }
+        if (!body(w, id)) {
+          return;
+        }
       }
     }
   };
@@ -150,10 +172,14 @@ Sampler::Candidate Sampler::cut_mass(const float* weights, double mass, double t
   double sums[kBuckets] = {};
   double large = 0.0;
   for (int32_t at = 0; at < sample_vocab_; at += kDrawChunk) {
-    if (scratch.chunk_max[static_cast<size_t>(at / kDrawChunk)] < kSmall) continue;
+    if (scratch.chunk_max[static_cast<size_t>(at / kDrawChunk)] < kSmall) {
+      continue;
+    }
     const int32_t end = std::min(sample_vocab_, at + kDrawChunk);
     for (int32_t id = at; id < end; ++id) {
-      if (weights[id] < kSmall) continue;
+      if (weights[id] < kSmall) {
+        continue;
+      }
       sums[bucket_of(weights[id])] += static_cast<double>(weights[id]);
       large += static_cast<double>(weights[id]);
     }
@@ -161,14 +187,18 @@ Sampler::Candidate Sampler::cut_mass(const float* weights, double mass, double t
   sums[kBuckets - 1] = std::max(total - large, 0.0);
   int32_t boundary = 0;
   double before = 0.0;
-  while (boundary < kBuckets - 1 && before + sums[boundary] < mass) before += sums[boundary++];
+  while (boundary < kBuckets - 1 && before + sums[boundary] < mass) {
+    before += sums[boundary++];
+  }
   auto& found = scratch.candidates;
   found.clear();
   for (int32_t id = 0; id < sample_vocab_; ++id) {
     const float w = weights[id];
-    const bool inside = boundary == kBuckets - 1 ? w < kSmall
-                                                 : w >= kSmall && bucket_of(w) == boundary;
-    if (inside) found.push_back({w, id});
+    const bool inside =
+        boundary == kBuckets - 1 ? w < kSmall : w >= kSmall && bucket_of(w) == boundary;
+    if (inside) {
+      found.push_back({w, id});
+    }
   }
   std::sort(found.begin(), found.end(), [](const Candidate& a, const Candidate& b) {
     return a.weight > b.weight || (a.weight == b.weight && a.id < b.id);
@@ -177,7 +207,9 @@ Sampler::Candidate Sampler::cut_mass(const float* weights, double mass, double t
   for (const Candidate& c : found) {
     last = c;
     before += static_cast<double>(c.weight);
-    if (before >= mass) break;
+    if (before >= mass) {
+      break;
+    }
   }
   return last;
 }

@@ -7,16 +7,22 @@ namespace {
 
 StepClass class_of(int32_t code) {
   switch (code) {
-    case KT_OP_LINEAR: return kClassLinear;
-    case KT_OP_ATTENTION: return kClassAttention;
-    case KT_OP_MOE: return kClassExperts;
-    default: return kClassOther;
+    case KT_OP_LINEAR:
+      return kClassLinear;
+    case KT_OP_ATTENTION:
+      return kClassAttention;
+    case KT_OP_MOE:
+      return kClassExperts;
+    default:
+      return kClassOther;
   }
 }
 
 bool reads(const kt_op& op, int32_t buffer) {
   for (const int32_t id : op.in) {
-    if (id == buffer) return true;
+    if (id == buffer) {
+      return true;
+    }
   }
   return false;
 }
@@ -39,8 +45,12 @@ uint32_t Scheduler::wanted_forms(size_t index) const {
   uint32_t forms = 0;
   for (size_t i = index + 1; i < m_.ops_.size(); ++i) {
     const kt_op& op = m_.ops_[i];
-    if (reads_prepared(op) && op.in[0] == buffer) forms |= form_of(op);
-    if (op.out[0] == buffer) break;
+    if (reads_prepared(op) && op.in[0] == buffer) {
+      forms |= form_of(op);
+    }
+    if (op.out[0] == buffer) {
+      break;
+    }
   }
   return forms;
 }
@@ -49,9 +59,12 @@ uint32_t Scheduler::wanted_forms(size_t index) const {
 bool Scheduler::can_prepare(const kt_op& op) const {
   switch (op.code) {
     case KT_OP_LINEAR:
-    case KT_OP_MOE: return false;
-    case KT_OP_ATTENTION: return op.i[1] / op.i[2] * op.i[3] % 32 == 0;
-    default: return true;
+    case KT_OP_MOE:
+      return false;
+    case KT_OP_ATTENTION:
+      return op.i[1] / op.i[2] * op.i[3] % 32 == 0;
+    default:
+      return true;
   }
 }
 
@@ -59,27 +72,43 @@ bool Scheduler::can_prepare(const kt_op& op) const {
 // layers read it and the next step does not overwrite its input while slower workers still read it.
 bool Scheduler::may_be_private(size_t index, size_t* last_reader) const {
   const kt_op& norm = m_.ops_[index];
-  if (norm.code != KT_OP_RMSNORM || norm.in[0] == norm.out[0]) return false;
-  if (index + 1 == m_.ops_.size()) return false;
+  if (norm.code != KT_OP_RMSNORM || norm.in[0] == norm.out[0]) {
+    return false;
+  }
+  if (index + 1 == m_.ops_.size()) {
+    return false;
+  }
   *last_reader = 0;
   for (size_t i = index + 1; i < m_.ops_.size(); ++i) {
     const kt_op& op = m_.ops_[i];
     if (reads(op, norm.out[0])) {
       const bool only_first = op.in[0] == norm.out[0] && op.in[1] != norm.out[0];
-      if (!reads_prepared(op) || !only_first) return false;
+      if (!reads_prepared(op) || !only_first) {
+        return false;
+      }
       *last_reader = i;
     }
-    if (op.out[0] == norm.out[0]) break;
+    if (op.out[0] == norm.out[0]) {
+      break;
+    }
   }
-  if (*last_reader == 0) return false;
+  if (*last_reader == 0) {
+    return false;
+  }
   // Workers have one private row area: no other norm may claim it in between.
   for (size_t i = index + 1; i < *last_reader; ++i) {
-    if (m_.ops_[i].code == KT_OP_RMSNORM) return false;
+    if (m_.ops_[i].code == KT_OP_RMSNORM) {
+      return false;
+    }
   }
   for (size_t i = index + 1; i < m_.ops_.size(); ++i) {
-    if (i > index + 1 && !joins_group(index + 1, i)) break;
+    if (i > index + 1 && !joins_group(index + 1, i)) {
+      break;
+    }
     // An expert layer writes its output only after barriers of its own.
-    if (m_.ops_[i].code != KT_OP_MOE && m_.ops_[i].out[0] == norm.in[0]) return false;
+    if (m_.ops_[i].code != KT_OP_MOE && m_.ops_[i].out[0] == norm.in[0]) {
+      return false;
+    }
   }
   return true;
 }
@@ -88,7 +117,9 @@ bool Scheduler::may_be_private(size_t index, size_t* last_reader) const {
 bool Scheduler::joins_group(size_t first, size_t index) const {
   const kt_op& op = m_.ops_[index];
   const kt_op& head = m_.ops_[first];
-  if (op.code != KT_OP_LINEAR || head.code != KT_OP_LINEAR || op.in[0] != head.in[0]) return false;
+  if (op.code != KT_OP_LINEAR || head.code != KT_OP_LINEAR || op.in[0] != head.in[0]) {
+    return false;
+  }
   for (size_t i = first; i < index; ++i) {
     const kt_op& other = m_.ops_[i];
     if (other.out[0] == op.out[0] || other.out[0] == op.in[0] || other.out[0] == op.in[1] ||
@@ -98,7 +129,9 @@ bool Scheduler::joins_group(size_t first, size_t index) const {
     const auto parts = [&](const kt_op& o) {
       return m_.weights_[static_cast<size_t>(o.w[0])].parts.size();
     };
-    if (parts(op) != parts(other)) return false;
+    if (parts(op) != parts(other)) {
+      return false;
+    }
   }
   return true;
 }
@@ -107,7 +140,9 @@ void Scheduler::require_forms(int32_t buffer, uint32_t forms) {
   const auto b = static_cast<size_t>(buffer);
   needed_[b] |= forms;
   const uint32_t missing = forms & ~valid_[b];
-  if (missing == 0) return;
+  if (missing == 0) {
+    return;
+  }
   Step step;
   step.code = kStepPrepare;
   step.buffer = buffer;
@@ -127,7 +162,9 @@ void Scheduler::push_step(size_t first, size_t count) {
   if (reads_prepared(op)) {
     const auto in = static_cast<size_t>(op.in[0]);
     uint32_t forms = 0;
-    for (size_t i = first; i < first + count; ++i) forms |= form_of(m_.ops_[i]);
+    for (size_t i = first; i < first + count; ++i) {
+      forms |= form_of(m_.ops_[i]);
+    }
     step.use_private = is_private_[in];
     // Needed in shared form too: which one is used depends on the number of rows.
     require_forms(op.in[0], forms);
@@ -161,7 +198,9 @@ void Scheduler::build() {
   is_private_.assign(m_.buffers_.size(), false);
   for (size_t i = 0; i < m_.ops_.size();) {
     size_t count = 1;
-    while (i + count < m_.ops_.size() && joins_group(i, i + count)) ++count;
+    while (i + count < m_.ops_.size() && joins_group(i, i + count)) {
+      ++count;
+    }
     push_step(i, count);
     i += count;
   }

@@ -21,8 +21,8 @@ class Scheduler {
   void require_forms(int32_t buffer, uint32_t forms);
 
   Model& m_;
-  std::vector<uint32_t> valid_;         // per buffer: forms the current content has
-  std::vector<uint32_t> needed_;        // per buffer: forms that must be allocated
+  std::vector<uint32_t> valid_;   // per buffer: forms the current content has
+  std::vector<uint32_t> needed_;  // per buffer: forms that must be allocated
   std::vector<bool> is_private_;
 };
 

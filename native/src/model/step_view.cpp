@@ -10,20 +10,24 @@ namespace {
 std::string number(int64_t value) { return std::to_string(value); }
 
 [[noreturn]] void bad(const char* array, int64_t index, int64_t value, const std::string& limit) {
-  fail_argument(std::string(array) + "[" + number(index) + "] is " + number(value) + ", allowed is " +
-                limit);
+  fail_argument(std::string(array) + "[" + number(index) + "] is " + number(value) +
+                ", allowed is " + limit);
 }
 
 class Block {
  public:
   Block(const kt_block_layout& layout, const void* block)
       : base_(static_cast<const uint8_t*>(block)), num_bytes_(layout.num_bytes) {
-    if (block == nullptr) fail_argument("block is NULL");
+    if (block == nullptr) {
+      fail_argument("block is NULL");
+    }
   }
   // Typed pointer to count elements at offset; nothing is checked for an empty array.
   template <class T>
   const T* array(const char* name, int64_t offset, int64_t count) const {
-    if (count == 0) return nullptr;
+    if (count == 0) {
+      return nullptr;
+    }
     const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
     if (offset < 0 || offset % static_cast<int64_t>(alignof(T)) != 0 || bytes > num_bytes_ ||
         offset > num_bytes_ - bytes) {
@@ -55,7 +59,9 @@ void check_row(const StepView& view, int32_t row, const kt_model_config& config)
   if (last < first || last > view.num_tokens) {
     bad("row_start", row + 1, last, number(first) + " .. " + number(view.num_tokens));
   }
-  if (pages < 0 || view.page_start[row] < 0) bad("page_start", row + 1, pages, "ascending ranges");
+  if (pages < 0 || view.page_start[row] < 0) {
+    bad("page_start", row + 1, pages, "ascending ranges");
+  }
   if (context < last - first || int64_t{context} > int64_t{pages} * config.page_size) {
     bad("context_len", row, context,
         number(last - first) + " tokens .. " + number(int64_t{pages} * config.page_size) +
@@ -70,11 +76,17 @@ void check_row(const StepView& view, int32_t row, const kt_model_config& config)
   }
   for (int32_t t = first; t < last; ++t) {
     const int32_t position = context - (last - first) + (t - first);
-    if (view.positions[t] != position) bad("positions", t, view.positions[t], number(position));
-    if (view.token_row[t] != row) bad("token_row", t, view.token_row[t], number(row));
-    const int64_t slot = int64_t{ids[position / config.page_size]} * config.page_size +
-                         position % config.page_size;
-    if (view.kv_slot[t] != slot) bad("kv_slot", t, view.kv_slot[t], number(slot));
+    if (view.positions[t] != position) {
+      bad("positions", t, view.positions[t], number(position));
+    }
+    if (view.token_row[t] != row) {
+      bad("token_row", t, view.token_row[t], number(row));
+    }
+    const int64_t slot =
+        int64_t{ids[position / config.page_size]} * config.page_size + position % config.page_size;
+    if (view.kv_slot[t] != slot) {
+      bad("kv_slot", t, view.kv_slot[t], number(slot));
+    }
   }
 }
 
@@ -118,11 +130,15 @@ StepView view_step(const kt_plan& plan, const kt_block_layout& layout, const voi
   view.context_len = memory.array<int32_t>("context_len", layout.context_len, rows);
   view.page_start = memory.array<int32_t>("page_start", layout.page_start, rows + 1);
   view.page_ids = memory.array<int32_t>("page_ids", layout.page_ids, plan.num_page_ids);
-  if (view.row_start[0] != 0) bad("row_start", 0, view.row_start[0], "0");
+  if (view.row_start[0] != 0) {
+    bad("row_start", 0, view.row_start[0], "0");
+  }
   if (view.row_start[rows] != plan.num_tokens) {
     bad("row_start", rows, view.row_start[rows], number(tokens) + " (num_tokens)");
   }
-  if (view.page_start[0] < 0) bad("page_start", 0, view.page_start[0], "0 or more");
+  if (view.page_start[0] < 0) {
+    bad("page_start", 0, view.page_start[0], "0 or more");
+  }
   for (int32_t row = 0; row < plan.num_rows; ++row) {
     if (view.page_start[row + 1] > plan.num_page_ids) {
       bad("page_start", row + 1, view.page_start[row + 1], "at most " + number(plan.num_page_ids));

@@ -12,7 +12,9 @@ namespace {
 
 std::string shape_text(int32_t experts, int32_t rows, int32_t cols) {
   std::string text = "[";
-  if (experts != 1) text += std::to_string(experts) + ", ";
+  if (experts != 1) {
+    text += std::to_string(experts) + ", ";
+  }
   return text + std::to_string(rows) + ", " + std::to_string(cols) + "]";
 }
 
@@ -27,8 +29,8 @@ void pack_parts(Workers& workers, const kt_tensor& tensor, Weight& weight) {
     const Range team = part_workers(workers, weight.parts.size(), p);
     const WeightPart& part = weight.parts[p];
     const Matrix& m = part.matrix;
-    const Range bands = split(int64_t{m.num_bands} * m.num_experts, worker - team.first,
-                              team.last - team.first);
+    const Range bands =
+        split(int64_t{m.num_bands} * m.num_experts, worker - team.first, team.last - team.first);
     for (int64_t index = bands.first; index < bands.last; ++index) {
       const auto expert = static_cast<int32_t>(index / m.num_bands);
       const auto band = static_cast<int32_t>(index % m.num_bands);
@@ -55,8 +57,8 @@ void make_matrix(Workers& workers, Arena& arena, const kt_tensor& tensor, Weight
     part.first_band = static_cast<int32_t>(bands.first);
     part.matrix = whole;
     part.matrix.num_bands = static_cast<int32_t>(bands.last - bands.first);
-    part.matrix.rows = std::min(whole.rows - part.first_band * kBandRows,
-                                part.matrix.num_bands * kBandRows);
+    part.matrix.rows =
+        std::min(whole.rows - part.first_band * kBandRows, part.matrix.num_bands * kBandRows);
     part.matrix.expert_bytes = part.matrix.num_bands * whole.band_bytes;
     const int64_t bytes = part.matrix.expert_bytes * whole.num_experts;
     part.matrix.data = arena.allocate(bytes);
@@ -105,12 +107,16 @@ Weight make_weight(Workers& workers, Arena& arena, const kt_tensor& tensor, int3
 }
 
 const float* unpack_values(Workers& workers, Arena& arena, const Weight& weight) {
-  if (weight.kind == KT_WEIGHT_VECTOR) return weight.values;
+  if (weight.kind == KT_WEIGHT_VECTOR) {
+    return weight.values;
+  }
   auto* values = arena.allocate_array<float>(weight.size());
   const TypeTraits* traits = type_traits(weight.type);
   const int64_t row_bytes = int64_t{weight.cols} / traits->block_size * traits->block_bytes;
   workers.for_each([&](int32_t worker) {
-    if (worker != 0) return;  // a router is a megabyte, once
+    if (worker != 0) {
+      return;  // a router is a megabyte, once
+    }
     std::vector<uint8_t> rows(static_cast<size_t>(row_bytes * kBandRows));
     for (const WeightPart& part : weight.parts) {
       for (int32_t band = 0; band < part.matrix.num_bands; ++band) {

@@ -48,7 +48,9 @@ const float* unpack_values(Workers& workers, Arena& arena, const Weight& weight)
 
 // The workers that own a part: those of its node, or all of them for a single shared part.
 inline Range part_workers(const Workers& workers, size_t num_parts, size_t part) {
-  if (num_parts == 1) return {0, workers.num_threads()};
+  if (num_parts == 1) {
+    return {0, workers.num_threads()};
+  }
   return workers.workers_of(static_cast<int32_t>(part));
 }
 inline size_t part_of_worker(const Workers& workers, size_t num_parts, int32_t worker) {
