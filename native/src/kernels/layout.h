@@ -49,9 +49,16 @@ struct ActLayout {
   return (value + unit - 1) / unit * unit;
 }
 
+// The smallest odd number of 64-byte lines that holds `bytes`: rows this far apart fall into
+// different sets of a cache, whatever the number of columns is.
+[[maybe_unused]] constexpr int64_t odd_lines(int64_t bytes) {
+  return (align_up(bytes, 64) / 64 | 1) * 64;
+}
+
 // A prepared kActF32 row: the f32 values padded with zeros to 64 bytes, then room for two bf16
 // planes (high and low part, each padded to 32 columns) that only the AMX kernels fill and read.
 [[maybe_unused]] constexpr int64_t float_row_bytes(int64_t cols) { return align_up(4 * cols, 64); }
+[[maybe_unused]] constexpr int64_t bf16_plane_bytes(int64_t cols) { return odd_lines(2 * cols); }
 
 // Bytes of a full 256-column tile of an R16 type; 0 for types with another layout.
 [[maybe_unused]] constexpr int64_t tile_bytes(int32_t type) {

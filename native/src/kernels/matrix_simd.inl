@@ -71,12 +71,11 @@ void prepare(ActKind kind, const float* x, int32_t cols, int32_t first, int32_t 
 
 // How far ahead of its use a weight line is asked for, and into the L2 cache: a prefetch into L1
 // holds one of the few L1 miss buffers until DRAM answers, which caps a core at half its rate.
-// The distances were measured on a Zen 4 core streaming 96 MiB (GB/s of 31 a plain read reaches):
-// 8 KiB gives Q4_K 23..29, Q6_K 26..29, Q8_0 23..26, BF16 25..28 for 1, 2, 4 rows; 0 .. 4 KiB give
-// half of that from 2 rows on. A single row of a format with one stream of lines does a little
-// better (26..30) with 1 KiB, because the hardware's own prefetcher then keeps up.
-template <class Format, int M>
-constexpr int kAhead = M == 1 && !Format::kGroup16 ? 1024 : 8192;
+// Measured, GB/s for 1, 2, 4 rows. One Zen 4 core (a plain read gets 31): 8 KiB gives Q4_K 23, 29,
+// 20, Q6_K 26, 29, 24, Q8_0 24, 23, 26, BF16 24, 25, 28; 0 .. 4 KiB half of that from 2 rows on.
+// 16 cores of a Xeon at once (12 each): 8 KiB 9.6, 9.4, 8.4 for Q4_K, 4 KiB 9.8, 9.2, 8.8, 1
+// KiB 7.4 for one row, 2 KiB 8.1 for two.
+constexpr int kAhead = 8192;
 
 constexpr int block_step(int32_t type) { return static_cast<int>(tile_bytes(type) / 8); }
 
@@ -394,7 +393,7 @@ void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedT
     constexpr int kPerBlock = Format::kGroup16 ? 2 : 1;
     for (int b = 0; b < nb; ++b) {
       if (half == 0) {
-        prefetch<(Format::kStep + 63) / 64>(at + kAhead<Format, 8> + b * Format::kStep);
+        prefetch<(Format::kStep + 63) / 64>(at + kAhead + b * Format::kStep);
       }
       decode_pairs<Format, kSigned>(format, b, &tile->lines[8 * b][0] + half * 32);
       for (int i = b * kPerBlock; i < (b + 1) * kPerBlock; ++i) {
@@ -591,7 +590,7 @@ __attribute__((noinline)) void few_rows(const BandJob& job) {
     for (int half = 0; half < 16 / V::kRows; ++half) {
       const int nb = job.tile_blocks(tile);
       const Format format(tiles + tile * step, job.band + tile * 32, nb, half);
-      const uint8_t* ahead = half == 0 ? tiles + tile * step + kAhead<Format, M> : nullptr;
+      const uint8_t* ahead = half == 0 ? tiles + tile * step + kAhead : nullptr;
       add_tile<M>(format, nb, 8 * tile, x, at, ahead, total[half]);
     }
   }
@@ -778,7 +777,7 @@ __attribute__((noinline)) void float_rows(const BandJob& job, int32_t first, int
 #pragma GCC unroll 2
     for (; k < end; k += 8, p += Pairs::kBytes) {
       V::F w0, w1;
-      prefetch<Pairs::kBytes / 64>(p + kAhead<Pairs, M>);
+      prefetch<Pairs::kBytes / 64>(p + kAhead);
       Pairs::load(p, &w0, &w1);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {

@@ -263,8 +263,8 @@ void move_row(int32_t type, int32_t cols, uint8_t* src, uint8_t* band, int32_t r
 bool has_tiles(int32_t type) { return tile_bytes(type) != 0; }
 
 int64_t act_row_bytes(ActKind kind, int32_t cols) {
-  return kind == kActQ8 ? align_up(act_layout(cols).end, 64)
-                        : float_row_bytes(cols) + 4 * align_up(cols, 32);
+  return odd_lines(kind == kActQ8 ? act_layout(cols).end
+                                  : float_row_bytes(cols) + 2 * bf16_plane_bytes(cols));
 }
 
 int64_t multiply_scratch_bytes(int32_t cols) {

@@ -32,8 +32,10 @@ inline void configure_tiles(int a_rows, int a_bytes, int b_rows) {
 
 // Everything about up to 16 activation rows that one 256-column tile needs.
 struct alignas(64) RowGroup {
-  int8_t copy[16][256];        // rows gathered from arbitrary places; tile loads need one stride
-  int32_t sums[2][4][16][16];  // two batches of steps: one in the tiles' hands, one being scaled
+  int8_t copy[16][256];  // rows gathered from arbitrary places; tile loads need one stride
+  // Two batches of two steps: one in the tiles' hands, one being scaled. Together 4 KiB: more would
+  // make stores of one batch look like (4 KiB aliases of) the loads of the other.
+  int32_t sums[2][2][16][16];
   float scale[16][8];
   float sum[16][8];
   float sum16[16][16];
@@ -57,7 +59,7 @@ inline const int8_t* gather_columns(const uint8_t* const* x, int32_t tile, int n
   return group->copy[0];
 }
 
-// Integer sums of up to four steps from `step` on.
+// Integer sums of one or two steps from `step` on.
 template <int kCols>
 inline void multiply_steps(const int8_t* a, int64_t stride, const uint8_t* lines, int step,
                            int count, int32_t (*sums)[16][16]) {
@@ -75,20 +77,6 @@ inline void multiply_steps(const int8_t* a, int64_t stride, const uint8_t* lines
     _tile_loadd(7, lines + 16 * kCols, 64);
     _tile_dpbssd(1, 5, 7);
     _tile_stored(1, sums[1], 64);
-  }
-  if (count > 2) {
-    _tile_zero(2);
-    _tile_loadd(4, a + 2 * kCols, row_stride);
-    _tile_loadd(6, lines + 32 * kCols, 64);
-    _tile_dpbssd(2, 4, 6);
-    _tile_stored(2, sums[2], 64);
-  }
-  if (count > 3) {
-    _tile_zero(3);
-    _tile_loadd(5, a + 3 * kCols, row_stride);
-    _tile_loadd(7, lines + 48 * kCols, 64);
-    _tile_dpbssd(3, 5, 7);
-    _tile_stored(3, sums[3], 64);
   }
 }
 
@@ -163,16 +151,16 @@ __attribute__((noinline)) void add_decoded_16(const BandJob& job, const DecodedT
   const int num_steps = kUnits * nb;
   const auto multiply_batch = [&](int step) {
     const int left = num_steps - step;
-    multiply_steps<kCols>(a, stride, &decoded.lines[0][0], step, left < 4 ? left : 4,
-                          group->sums[step / 4 % 2]);
+    multiply_steps<kCols>(a, stride, &decoded.lines[0][0], step, left < 2 ? left : 2,
+                          group->sums[step / 2 % 2]);
   };
   multiply_batch(0);
-  for (int step = 0; step < num_steps; step += 4) {
-    if (step + 4 < num_steps) {
-      multiply_batch(step + 4);
+  for (int step = 0; step < num_steps; step += 2) {
+    if (step + 2 < num_steps) {
+      multiply_batch(step + 2);
     }
-    for (int unit = 0; unit < 4 && step + unit < num_steps; unit += kUnits) {
-      add_sums<T>(decoded, *group, group->sums[step / 4 % 2], (step + unit) / kUnits, unit, total);
+    for (int unit = 0; unit < 2 && step + unit < num_steps; unit += kUnits) {
+      add_sums<T>(decoded, *group, group->sums[step / 2 % 2], (step + unit) / kUnits, unit, total);
     }
   }
   for (int i = 0; i < count; ++i) {
@@ -202,7 +190,7 @@ void add_decoded_rows(const BandJob& job, const DecodedTile& decoded, int32_t ti
 // the products with hi, then those with lo are added to the sums. Every number of rows takes this
 // path, so that a row's bits do not depend on its company.
 
-inline int64_t plane_bytes(int64_t cols) { return 2 * align_up(cols, 32); }
+inline int64_t plane_bytes(int64_t cols) { return bf16_plane_bytes(cols); }
 
 // Planes hi and lo of one row, padded with zeros to 32 columns.
 void prepare_bf16(const float* x, int32_t cols, int32_t first, int32_t count, uint8_t* dst) {
@@ -257,7 +245,7 @@ inline void find_planes(const BandJob& job, int32_t first, int32_t count, PlaneR
 inline const uint8_t* weight_lines(const BandJob& job, int64_t line, Bf16Scratch* scratch) {
   const int64_t lines = (static_cast<int64_t>(job.w->cols) + 1) / 2;
   const uint8_t* b = job.band + 64 * line;
-  prefetch<16>(b + kAhead<Signed8, 2>);
+  prefetch<16>(b + kAhead);
   if (line + 16 <= lines) {
     return b;
   }
@@ -280,7 +268,7 @@ __attribute__((noinline)) void bf16_rows(const BandJob& job, int32_t first, int3
   PlaneRows rows;
   find_planes(job, first, count, &rows);
   _tile_zero(0);
-  for (int64_t line = 0; 4 * line < plane; line += 16) {
+  for (int64_t line = 0; 2 * line < job.w->cols; line += 16) {
     const uint8_t* b = weight_lines(job, line, scratch);
     const uint8_t* hi = rows.x[0] + 4 * line;
     const uint8_t* lo = hi + plane;
@@ -321,7 +309,7 @@ __attribute__((noinline)) void bf16_rows64(const BandJob& job, int32_t first,
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t line = 0; 4 * line < plane; line += 16) {
+  for (int64_t line = 0; 2 * line < job.w->cols; line += 16) {
     const uint8_t* b = weight_lines(job, line, scratch);
     finish_stores(scratch);
     const int64_t at = 4 * line;
