@@ -120,7 +120,7 @@ class ProgramRecorder:
         down: str,
         selection_bias: str | None = None,
     ) -> Value:
-        matrices = [(name, structs.KT_WEIGHT_MATRIX) for name in (router, gate, up, down)]
+        matrices = [(name, structs.KT_WEIGHT_MATRIX) for name in (gate, up, down)]
         ints = [
             routing.top_k,
             {"softmax": 0, "sigmoid": 1}[routing.scoring],
@@ -134,7 +134,8 @@ class ProgramRecorder:
                 structs.KT_OP_MOE,
                 Value(x.width),
                 [x, residual],
-                [*matrices, _vector(selection_bias)],
+                # Routers are multiplied in f32 whatever their type, so they are stored unpacked.
+                [_vector(router), *matrices, _vector(selection_bias)],
                 ints,
                 [routing.scale],
                 in_place=[1],
