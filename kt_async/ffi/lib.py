@@ -76,7 +76,11 @@ def load() -> ctypes.CDLL:
     for name, argtypes in _SIGNATURES.items():
         function = getattr(library, name, None)
         if function is None:
-            continue
+            raise NativeError(
+                structs.KT_ERR_ABI,
+                f"{LIBRARY_PATH.name} is of another version: it lacks {name}; "
+                "rebuild it with 'make native'",
+            )
         function.argtypes = argtypes
         function.restype = _RETURNS.get(name, _I32)
     version = library.kt_abi_version()
