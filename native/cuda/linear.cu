@@ -41,7 +41,9 @@ __device__ __forceinline__ float half_at(const u8* p) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
   return f;
 }
-__device__ __forceinline__ u32 word_at(const u8* p) { return __ldcs(reinterpret_cast<const u32*>(p)); }
+__device__ __forceinline__ u32 word_at(const u8* p) {
+  return __ldcs(reinterpret_cast<const u32*>(p));
+}
 
 // One row's 32 columns: weight = s * q - m with s, m per 16 columns.
 struct Block {
@@ -95,12 +97,16 @@ template <int kType>
 __device__ __forceinline__ void load_block(const u8* band, int cols, int b, int r, Block& out) {
   const int tile_idx = b >> 3, s = b & 7;
   const u8* tile = band + (i64)tile_idx * tile_bytes<kType>();
-  if constexpr (kType == kQ6_K) tile += (cols / 256 * 32 + 63) / 64 * 64;
+  if constexpr (kType == kQ6_K) {
+    tile += (cols / 256 * 32 + 63) / 64 * 64;
+  }
   const int left = cols / 32 - tile_idx * 8;
   const int nb = left < 8 ? left : 8;  // blocks of this tile
   if constexpr (kType == kQ8_0) {
 #pragma unroll
-    for (int g = 0; g < 8; ++g) out.q[g] = word_at(tile + (s * 8 + g) * 64 + r * 4);
+    for (int g = 0; g < 8; ++g) {
+      out.q[g] = word_at(tile + (s * 8 + g) * 64 + r * 4);
+    }
     out.s0 = out.s1 = half_at(tile + nb * 512 + s * 32 + r * 2);
     out.m0 = out.m1 = 0.0f;
     return;
@@ -116,14 +122,18 @@ __device__ __forceinline__ void load_block(const u8* band, int cols, int b, int 
     if constexpr (kType == kQ5_K) {
       const u32 top = word_at(tile + 2048 + s * 64 + r * 4);
 #pragma unroll
-      for (int p = 0; p < 8; ++p) out.q[p] |= ((top >> p) & 0x01010101) << 4;
+      for (int p = 0; p < 8; ++p) {
+        out.q[p] |= ((top >> p) & 0x01010101) << 4;
+      }
     }
   } else if constexpr (kType == kQ6_K) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const u32 top = word_at(tile + 2048 + (2 * s + half) * 64 + r * 4);
 #pragma unroll
-      for (int p = 0; p < 4; ++p) out.q[4 * half + p] |= ((top >> (2 * p)) & 0x03030303) << 4;
+      for (int p = 0; p < 4; ++p) {
+        out.q[4 * half + p] |= ((top >> (2 * p)) & 0x03030303) << 4;
+      }
     }
     const float d = half_at(band + tile_idx * 32 + r * 2);
     out.s0 = d * (i8)tile[3072 + 2 * s * 16 + r];
@@ -138,10 +148,11 @@ __device__ __forceinline__ void load_block(const u8* band, int cols, int b, int 
   } else if constexpr (kType == kQ5_0 || kType == kQ5_1) {
     const u32 top = word_at(tile + nb * 256 + s * 64 + r * 4);
 #pragma unroll
-    for (int p = 0; p < 8; ++p) out.q[p] |= ((top >> p) & 0x01010101) << 4;
+    for (int p = 0; p < 8; ++p) {
+      out.q[p] |= ((top >> p) & 0x01010101) << 4;
+    }
     out.s0 = out.s1 = half_at(tile + nb * 320 + s * 32 + r * 2);
-    out.m0 = out.m1 =
-        kType == kQ5_0 ? 16.0f * out.s0 : -half_at(tile + nb * 352 + s * 32 + r * 2);
+    out.m0 = out.m1 = kType == kQ5_0 ? 16.0f * out.s0 : -half_at(tile + nb * 352 + s * 32 + r * 2);
   } else if constexpr (kType == kMXFP4) {
     const int e = tile[nb * 256 + s * 16 + r];
     out.s0 = out.s1 = e < 2 ? __int_as_float(0x00200000 << e) : __int_as_float((e - 1) << 23);
@@ -156,12 +167,16 @@ __device__ __forceinline__ void load_block(const u8* band, int cols, int b, int 
     // -127 -104 -83 -65 | -49 -35 -22 -10 | 1 13 25 38 | 53 69 89 113
     const u32 table[4] = {0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u};
 #pragma unroll
-    for (int p = 0; p < 8; ++p) out.q[p] = look_up(out.q[p], table);
+    for (int p = 0; p < 8; ++p) {
+      out.q[p] = look_up(out.q[p], table);
+    }
   } else if constexpr (kType == kMXFP4) {
     // 0 1 2 3 | 4 6 8 12 | 0 -1 -2 -3 | -4 -6 -8 -12, halves of the E2M1 values
     const u32 table[4] = {0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu};
 #pragma unroll
-    for (int p = 0; p < 8; ++p) out.q[p] = look_up(out.q[p], table);
+    for (int p = 0; p < 8; ++p) {
+      out.q[p] = look_up(out.q[p], table);
+    }
   }
 }
 
@@ -214,11 +229,15 @@ template <int M>
 __device__ __forceinline__ float reduce_band(float (*part)[M][17], const float* acc) {
   const int half_warp = threadIdx.x >> 4, r = threadIdx.x & 15;
 #pragma unroll
-  for (int i = 0; i < M; ++i) part[half_warp][i][r] = acc[i];
+  for (int i = 0; i < M; ++i) {
+    part[half_warp][i][r] = acc[i];
+  }
   __syncthreads();
   float sum = 0.0f;
   if (threadIdx.x < 16 * M) {
-    for (int h = 0; h < kHalfWarps; ++h) sum += part[h][half_warp][r];
+    for (int h = 0; h < kHalfWarps; ++h) {
+      sum += part[h][half_warp][r];
+    }
   }
   return sum;
 }
@@ -235,17 +254,25 @@ template <int M>
 __device__ void multiply(const Outputs& p, const Acts& acts) {
   __shared__ float part[kHalfWarps][M][17];
   int band = blockIdx.x, which = 0;
-  while (band >= p.w[which].num_bands) band -= p.w[which++].num_bands;
+  while (band >= p.w[which].num_bands) {
+    band -= p.w[which++].num_bands;
+  }
   const Matrix& w = p.w[which];
   float acc[M] = {};
   dot_any<M>(w.type, w.data + band * w.band_bytes, w.cols, acts, nullptr, threadIdx.x >> 4,
              threadIdx.x & 15, acc);
   float sum = reduce_band<M>(part, acc);
   const int row = band * 16 + (threadIdx.x & 15), i = threadIdx.x >> 4;
-  if (i >= M || row >= w.rows) return;
+  if (i >= M || row >= w.rows) {
+    return;
+  }
   const i64 at = (i64)i * w.rows + row;
-  if (p.bias[which] != nullptr) sum += p.bias[which][row];
-  if (which == 0 && p.residual != nullptr) sum += p.residual[at];
+  if (p.bias[which] != nullptr) {
+    sum += p.bias[which][row];
+  }
+  if (which == 0 && p.residual != nullptr) {
+    sum += p.residual[at];
+  }
   p.out[which][at] = sum;
 }
 
@@ -268,7 +295,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     experts_gate_up(Matrix gate, Matrix up, Acts x, const int* expert_of, int top_k, float* h) {
   __shared__ float part[2][kHalfWarps][1][17];
   const int pair = blockIdx.y, expert = expert_of[pair], token = pair / top_k;
-  if (expert < 0) return;
+  if (expert < 0) {
+    return;
+  }
   const int half_warp = threadIdx.x >> 4, r = threadIdx.x & 15;
   float g = 0.0f, u = 0.0f;
   const i64 at = (i64)blockIdx.x;
@@ -279,7 +308,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   g = reduce_band<1>(part[0], &g);
   u = reduce_band<1>(part[1], &u);
   const int row = blockIdx.x * 16 + r;
-  if (half_warp == 0 && row < gate.rows) h[(i64)pair * gate.rows + row] = g / (1.0f + __expf(-g)) * u;
+  if (half_warp == 0 && row < gate.rows) {
+    h[(i64)pair * gate.rows + row] = g / (1.0f + __expf(-g)) * u;
+  }
 }
 
 // out[t, H] = residual + sum over k of weight[t, k] * (down h[t, k]); grid = (bands of down, T).
@@ -291,7 +322,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   float total = 0.0f;
   for (int k = 0; k < top_k; ++k) {
     const int pair = token * top_k + k, expert = expert_of[pair];
-    if (expert < 0) continue;
+    if (expert < 0) {
+      continue;
+    }
     float acc = 0.0f;
     dot_any<1>(down.type, down.data + expert * down.expert_bytes + blockIdx.x * down.band_bytes,
                down.cols, h, &pair, half_warp, r, &acc);
@@ -299,7 +332,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   }
   const float sum = reduce_band<1>(part, &total);
   const int row = blockIdx.x * 16 + r;
-  if (half_warp != 0 || row >= down.rows) return;
+  if (half_warp != 0 || row >= down.rows) {
+    return;
+  }
   const i64 at = (i64)token * down.rows + row;
   out[at] = sum + (residual != nullptr ? residual[at] : 0.0f);
 }
@@ -311,8 +346,7 @@ __device__ __forceinline__ u32 bf16_pair(float low, float high) {
 }
 
 template <int kType>
-__device__ __forceinline__ void dequantize_block(const u8* band, int cols, int b, int r,
-                                                 u16* out) {
+__device__ __forceinline__ void dequantize_block(const u8* band, int cols, int b, int r, u16* out) {
   Block w;
   load_block<kType>(band, cols, b, r, w);
 #pragma unroll
@@ -343,7 +377,9 @@ __device__ __forceinline__ void dequantize_any(int type, const u8* band, int col
 extern "C" __global__ void __launch_bounds__(kThreads) dequantize(Matrix w, u16* out) {
   const u8* band = w.data + blockIdx.y * w.expert_bytes + blockIdx.x * w.band_bytes;
   const int r = threadIdx.x & 15, row = blockIdx.x * 16 + r;
-  if (row >= w.rows) return;
+  if (row >= w.rows) {
+    return;
+  }
   u16* to = out + ((i64)blockIdx.y * w.rows + row) * w.cols;
   for (int b = threadIdx.x >> 4; b < w.cols / 32; b += kHalfWarps) {
     dequantize_any(w.type, band, w.cols, b, r, to + 32 * b);

@@ -20,11 +20,15 @@ constexpr float kNone = -3.4e38f;
 __device__ __forceinline__ float block_max(float v) {
   __shared__ float parts[33];
   v = warp_max(v);
-  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = v;
+  if ((threadIdx.x & 31) == 0) {
+    parts[threadIdx.x >> 5] = v;
+  }
   __syncthreads();
   if (threadIdx.x < 32) {
     const float p = warp_max(parts[threadIdx.x]);
-    if (threadIdx.x == 0) parts[32] = p;
+    if (threadIdx.x == 0) {
+      parts[32] = p;
+    }
   }
   __syncthreads();
   const float result = parts[32];
@@ -79,7 +83,9 @@ __device__ __forceinline__ float uniform(u64 seed, u32 position) {
     const u64 a = (u64)0xD2511F53u * c[0], b = (u64)0xCD9E8D57u * c[2];
     const u32 next[4] = {(u32)(b >> 32) ^ c[1] ^ key[0], (u32)b, (u32)(a >> 32) ^ c[3] ^ key[1],
                          (u32)a};
-    for (int i = 0; i < 4; ++i) c[i] = next[i];
+    for (int i = 0; i < 4; ++i) {
+      c[i] = next[i];
+    }
     key[0] += 0x9E3779B9u;
     key[1] += 0xBB67AE85u;
   }
@@ -119,10 +125,10 @@ __device__ __forceinline__ float find_bound(const float* p, int n, float largest
 
 // logits f32 [S, V] stay as they are; work is scratch of the same size.
 extern "C" __global__ void __launch_bounds__(kSampleThreads)
-    sample(const float* logits, float* work, int vocab, int sample_vocab, const SampleParams* params,
-           const int* bias_ids, const float* bias_values, const int* history_ids,
-           const int* history_counts, int* tokens, float* logprobs, int* top_ids,
-           float* top_logprobs) {
+    sample(const float* logits, float* work, int vocab, int sample_vocab,
+           const SampleParams* params, const int* bias_ids, const float* bias_values,
+           const int* history_ids, const int* history_counts, int* tokens, float* logprobs,
+           int* top_ids, float* top_logprobs) {
   const SampleParams p = params[blockIdx.x];
   const float* raw = logits + (i64)blockIdx.x * vocab;
   float* z = work + (i64)blockIdx.x * vocab;
@@ -130,9 +136,13 @@ extern "C" __global__ void __launch_bounds__(kSampleThreads)
   float normaliser = 0.0f;
   if (p.num_logprobs >= 0 || p.target >= 0) {
     float largest = kNone, sum = 0.0f;
-    for (int i = t; i < vocab; i += kSampleThreads) largest = fmaxf(largest, raw[i]);
+    for (int i = t; i < vocab; i += kSampleThreads) {
+      largest = fmaxf(largest, raw[i]);
+    }
     largest = block_max(largest);
-    for (int i = t; i < vocab; i += kSampleThreads) sum += expf(raw[i] - largest);
+    for (int i = t; i < vocab; i += kSampleThreads) {
+      sum += expf(raw[i] - largest);
+    }
     normaliser = largest + logf(block_sum(sum));
     float bound = 3.4e38f;
     int bound_at = -1;
@@ -151,20 +161,28 @@ extern "C" __global__ void __launch_bounds__(kSampleThreads)
     }
     return;
   }
-  for (int i = t; i < sample_vocab; i += kSampleThreads) z[i] = raw[i];
+  for (int i = t; i < sample_vocab; i += kSampleThreads) {
+    z[i] = raw[i];
+  }
   __syncthreads();
   for (int i = t; i < p.history_count; i += kSampleThreads) {
     const int id = history_ids[p.history_start + i], count = history_counts[p.history_start + i];
-    if (id >= sample_vocab) continue;
+    if (id >= sample_vocab) {
+      continue;
+    }
     float v = z[id];
     v = v > 0.0f ? v / p.repetition : v * p.repetition;
-    if (count > 0) v -= p.presence + p.frequency * count;
+    if (count > 0) {
+      v -= p.presence + p.frequency * count;
+    }
     z[id] = v;
   }
   __syncthreads();
   for (int i = t; i < p.bias_count; i += kSampleThreads) {
     const int id = bias_ids[p.bias_start + i];
-    if (id < sample_vocab) z[id] += bias_values[p.bias_start + i];
+    if (id < sample_vocab) {
+      z[id] += bias_values[p.bias_start + i];
+    }
   }
   __syncthreads();
   float best;
@@ -196,15 +214,21 @@ extern "C" __global__ void __launch_bounds__(kSampleThreads)
     const int width = (sample_vocab + kSampleThreads - 1) / kSampleThreads;
     const int first = min(t * width, sample_vocab), end = min(first + width, sample_vocab);
     float mine = 0.0f;
-    for (int i = first; i < end; ++i) mine += z[i] >= bound ? z[i] : 0.0f;
+    for (int i = first; i < end; ++i) {
+      mine += z[i] >= bound ? z[i] : 0.0f;
+    }
     slice_sum[t] = mine;
     __syncthreads();
     if (t == 0) {
       float before = 0.0f;
       int slice = 0, last = 0;
       for (; slice < kSampleThreads; ++slice) {
-        if (slice_sum[slice] > 0.0f) last = slice;
-        if (slice_sum[slice] > 0.0f && before + slice_sum[slice] > wanted) break;
+        if (slice_sum[slice] > 0.0f) {
+          last = slice;
+        }
+        if (slice_sum[slice] > 0.0f && before + slice_sum[slice] > wanted) {
+          break;
+        }
         before += slice_sum[slice];
       }
       if (slice == kSampleThreads) {  // rounding at the end: the last kept token
@@ -213,10 +237,14 @@ extern "C" __global__ void __launch_bounds__(kSampleThreads)
       }
       int pick = -1;
       for (int i = slice * width; i < min((slice + 1) * width, sample_vocab); ++i) {
-        if (z[i] < bound || z[i] <= 0.0f) continue;
+        if (z[i] < bound || z[i] <= 0.0f) {
+          continue;
+        }
         pick = i;
         before += z[i];
-        if (before > wanted) break;
+        if (before > wanted) {
+          break;
+        }
       }
       found = pick;
     }

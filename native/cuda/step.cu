@@ -5,24 +5,32 @@ constexpr int kWarp = 32;
 
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
-  for (int s = 16; s > 0; s >>= 1) v += __shfl_xor_sync(~0u, v, s);
+  for (int s = 16; s > 0; s >>= 1) {
+    v += __shfl_xor_sync(~0u, v, s);
+  }
   return v;
 }
 __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
-  for (int s = 16; s > 0; s >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, s));
+  for (int s = 16; s > 0; s >>= 1) {
+    v = fmaxf(v, __shfl_xor_sync(~0u, v, s));
+  }
   return v;
 }
 // Sum over a block of up to 1024 threads; every thread gets it.
 __device__ __forceinline__ float block_sum(float v) {
   __shared__ float parts[33];
   v = warp_sum(v);
-  if ((threadIdx.x & 31) == 0) parts[threadIdx.x >> 5] = v;
+  if ((threadIdx.x & 31) == 0) {
+    parts[threadIdx.x >> 5] = v;
+  }
   __syncthreads();
   if (threadIdx.x < 32) {
     float p = threadIdx.x < (blockDim.x + 31) / 32 ? parts[threadIdx.x] : 0.0f;
     p = warp_sum(p);
-    if (threadIdx.x == 0) parts[32] = p;
+    if (threadIdx.x == 0) {
+      parts[32] = p;
+    }
   }
   __syncthreads();
   const float result = parts[32];
@@ -34,9 +42,9 @@ __device__ __forceinline__ u16 to_bf16(float f) { return (u16)bf16_pair(f, 0.0f)
 
 // Where a row of activations goes; unused targets are null.
 struct Prepared {
-  float* f32;    // [T, cols]
-  u16* bf16;     // [T, cols]
-  i8* q;         // [T, cols], with scale and sum16: see Acts
+  float* f32;  // [T, cols]
+  u16* bf16;   // [T, cols]
+  i8* q;       // [T, cols], with scale and sum16: see Acts
   float* scale;
   float* sum16;
 };
@@ -44,9 +52,15 @@ struct Prepared {
 // One warp, one 32-column block, one value per lane. Same rounding as the CPU's prepare.
 __device__ __forceinline__ void store_prepared(const Prepared& to, i64 row, int cols, int k,
                                                float v) {
-  if (to.f32 != nullptr) to.f32[row * cols + k] = v;
-  if (to.bf16 != nullptr) to.bf16[row * cols + k] = to_bf16(v);
-  if (to.q == nullptr) return;
+  if (to.f32 != nullptr) {
+    to.f32[row * cols + k] = v;
+  }
+  if (to.bf16 != nullptr) {
+    to.bf16[row * cols + k] = to_bf16(v);
+  }
+  if (to.q == nullptr) {
+    return;
+  }
   const float largest = warp_max(fabsf(v));
   const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
   const float scale = largest / 127.0f;
@@ -54,10 +68,16 @@ __device__ __forceinline__ void store_prepared(const Prepared& to, i64 row, int 
   to.q[row * cols + k] = (i8)q;
   int sum = q;
 #pragma unroll
-  for (int s = 8; s > 0; s >>= 1) sum += __shfl_xor_sync(~0u, sum, s);
+  for (int s = 8; s > 0; s >>= 1) {
+    sum += __shfl_xor_sync(~0u, sum, s);
+  }
   const i64 b = row * (cols / 32) + k / 32;
-  if ((threadIdx.x & 15) == 0) to.sum16[2 * b + (threadIdx.x >> 4 & 1)] = scale * sum;
-  if ((threadIdx.x & 31) == 0) to.scale[b] = scale;
+  if ((threadIdx.x & 15) == 0) {
+    to.sum16[2 * b + (threadIdx.x >> 4 & 1)] = scale * sum;
+  }
+  if ((threadIdx.x & 31) == 0) {
+    to.scale[b] = scale;
+  }
 }
 
 // y = x / rms(x) * w, one block per row; cols is a multiple of 32.
@@ -66,7 +86,9 @@ extern "C" __global__ void rms_norm(const float* x, const float* w, float eps, i
   const i64 row = blockIdx.x;
   const float* from = x + row * cols;
   float squares = 0.0f;
-  for (int k = threadIdx.x; k < cols; k += blockDim.x) squares += from[k] * from[k];
+  for (int k = threadIdx.x; k < cols; k += blockDim.x) {
+    squares += from[k] * from[k];
+  }
   const float factor = rsqrtf(block_sum(squares) / cols + eps);
   for (int k = threadIdx.x; k < cols; k += blockDim.x) {
     store_prepared(to, row, cols, k, from[k] * factor * w[k]);
@@ -77,8 +99,8 @@ extern "C" __global__ void rms_norm(const float* x, const float* w, float eps, i
 extern "C" __global__ void prepare(const float* x, const u16* x16, int cols, Prepared to) {
   const i64 row = blockIdx.x;
   for (int k = blockIdx.y * blockDim.x + threadIdx.x; k < cols; k += gridDim.y * blockDim.x) {
-    const float v = x != nullptr ? x[row * cols + k]
-                                 : __uint_as_float((u32)x16[row * cols + k] << 16);
+    const float v =
+        x != nullptr ? x[row * cols + k] : __uint_as_float((u32)x16[row * cols + k] << 16);
     store_prepared(to, row, cols, k, v);
   }
 }
@@ -121,7 +143,9 @@ extern "C" __global__ void attention_inputs(const float* q, const float* k, cons
   const float* norm = is_q ? p.q_norm : (is_v ? nullptr : p.k_norm);
   if (norm != nullptr) {
     const float factor = rsqrtf(warp_sum(squares) / d + p.eps);
-    for (int i = 0; i < n; ++i) values[lane + i * kWarp] *= factor * norm[lane + i * kWarp];
+    for (int i = 0; i < n; ++i) {
+      values[lane + i * kWarp] *= factor * norm[lane + i * kWarp];
+    }
   }
   __syncwarp();
   if (!is_v) {
@@ -138,11 +162,17 @@ extern "C" __global__ void attention_inputs(const float* q, const float* k, cons
     __syncwarp();
   }
   const i64 slot = kv_slot[token];
-  if (!is_q && slot < 0) return;
-  u16* to = is_q ? q_out + ((i64)token * p.q_heads + h) * d
-                 : cache + (((slot / page_size * 2 + is_v) * page_size + slot % page_size) *
-                                p.kv_heads + h) * d;
-  for (int i = 0; i < n; ++i) to[lane + i * kWarp] = to_bf16(values[lane + i * kWarp]);
+  if (!is_q && slot < 0) {
+    return;
+  }
+  u16* to =
+      is_q ? q_out + ((i64)token * p.q_heads + h) * d
+           : cache +
+                 (((slot / page_size * 2 + is_v) * page_size + slot % page_size) * p.kv_heads + h) *
+                     d;
+  for (int i = 0; i < n; ++i) {
+    to[lane + i * kWarp] = to_bf16(values[lane + i * kWarp]);
+  }
 }
 
 struct Routing {
@@ -154,12 +184,14 @@ struct Routing {
 // Picks top_k experts per token, ties to the lower id; one warp per token, E <= 1024.
 extern "C" __global__ void route(const float* logits, Routing p, int* ids, float* weights) {
   extern __shared__ float shared[];
-  float* score = shared;              // for weighing
+  float* score = shared;               // for weighing
   float* choice = shared + p.experts;  // for choosing
   const int lane = threadIdx.x;
   const float* from = logits + (i64)blockIdx.x * p.experts;
   float largest = -3.4e38f, total = 0.0f;
-  for (int e = lane; e < p.experts; e += kWarp) largest = fmaxf(largest, from[e]);
+  for (int e = lane; e < p.experts; e += kWarp) {
+    largest = fmaxf(largest, from[e]);
+  }
   largest = warp_max(largest);
   for (int e = lane; e < p.experts; e += kWarp) {
     score[e] = p.sigmoid ? 1.0f / (1.0f + expf(-from[e])) : expf(from[e] - largest);
@@ -167,7 +199,9 @@ extern "C" __global__ void route(const float* logits, Routing p, int* ids, float
   }
   total = warp_sum(total);
   for (int e = lane; e < p.experts; e += kWarp) {
-    if (!p.sigmoid) score[e] /= total;
+    if (!p.sigmoid) {
+      score[e] /= total;
+    }
     choice[e] = score[e] + (p.selection_bias != nullptr ? p.selection_bias[e] : 0.0f);
   }
   __syncwarp();
@@ -189,9 +223,13 @@ extern "C" __global__ void route(const float* logits, Routing p, int* ids, float
     __syncwarp();
     for (int g = lane; g < p.groups; g += kWarp) {
       int better = 0;
-      for (int o = 0; o < p.groups; ++o) better += group[o] > group[g] || (group[o] == group[g] && o < g);
+      for (int o = 0; o < p.groups; ++o) {
+        better += group[o] > group[g] || (group[o] == group[g] && o < g);
+      }
       if (better >= p.groups_used) {
-        for (int e = g * size; e < (g + 1) * size; ++e) choice[e] = -3.2e38f;
+        for (int e = g * size; e < (g + 1) * size; ++e) {
+          choice[e] = -3.2e38f;
+        }
       }
     }
     __syncwarp();
@@ -217,7 +255,9 @@ extern "C" __global__ void route(const float* logits, Routing p, int* ids, float
     }
     const float weight = score[at];
     sum += weight;
-    if (lane == k) mine = weight;
+    if (lane == k) {
+      mine = weight;
+    }
     if (lane == 0) {
       ids[blockIdx.x * p.top_k + k] = at;
       choice[at] = -3.4e38f;
@@ -261,13 +301,17 @@ extern "C" __global__ void handoff_wait(const float* host_out, const float* resi
     u32 value = 0;
     while (true) {
       asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
-      if (value != 0) break;
+      if (value != 0) {
+        break;
+      }
       if (clock64() - begin > limit) {
         value = 3;
         break;
       }
     }
-    if (value != 1) *error = value;
+    if (value != 1) {
+      *error = value;
+    }
     state = value;
   }
   __syncthreads();
@@ -295,7 +339,9 @@ extern "C" __global__ void handoff_wait(const float* host_out, const float* resi
 // x[t, H] = row tokens[t] of the table; tokens below 0 name a logit row of the previous step.
 extern "C" __global__ void embed(Matrix table, const int* tokens, const int* sampled, float* x) {
   int id = tokens[blockIdx.x];
-  if (id < 0) id = sampled[-1 - id];
+  if (id < 0) {
+    id = sampled[-1 - id];
+  }
   const u8* band = table.data + (i64)(id / 16) * table.band_bytes;
   for (int b = threadIdx.x; b < table.cols / 32; b += blockDim.x) {
     u16 out[32];

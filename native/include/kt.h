@@ -111,7 +111,8 @@ typedef struct kt_pool kt_pool;
 
 typedef struct kt_pool_config {
   uint32_t struct_size;
-  int32_t num_threads; /* workers including the calling thread; 0 = one per physical core within quota */
+  int32_t num_threads; /* workers including the calling thread; 0 = one per physical core within
+                          quota */
   int32_t isa;         /* KT_ISA_x; an ISA the machine lacks is KT_ERR_UNSUPPORTED */
   int32_t spin_us;     /* how long an idle worker spins before it sleeps; -1 = default */
   int32_t pin;         /* 1 pins workers to cores, 0 leaves them to the OS */
@@ -120,7 +121,8 @@ typedef struct kt_pool_config {
 
 KT_API int32_t kt_pool_create(const kt_pool_config* config, kt_pool** out); /* [setup] */
 KT_API int32_t kt_pool_destroy(kt_pool* pool); /* [setup] no model may use it any more */
-/* [any] One line of text: threads, cores and nodes. Truncated to capacity, always NUL-terminated. */
+/* [any] One line of text: threads, cores and nodes. Truncated to capacity, always NUL-terminated.
+ */
 KT_API int32_t kt_pool_describe(const kt_pool* pool, char* text, int32_t capacity);
 
 /* ---- model program: the CPU forward pass as a list of operations ----
@@ -222,7 +224,7 @@ typedef struct kt_sample_params {
   int32_t bias_count;
   int32_t history_start; /* range in the history arrays; empty unless a penalty is on */
   int32_t history_count;
-  int32_t row; /* row of the step this belongs to */
+  int32_t row;      /* row of the step this belongs to */
   int32_t mask_row; /* row of the allowed-token bit mask, -1 = everything is allowed */
   int32_t reserved;
 } kt_sample_params;
@@ -272,10 +274,10 @@ typedef struct kt_plan {
 /* Result of sampling; arrays owned by the caller, capacity >= S. */
 typedef struct kt_sample_out {
   uint32_t struct_size;
-  int32_t num_samples;  /* capacity of the arrays */
-  int32_t* tokens;      /* [S] sampled id, or the target itself */
-  float* logprobs;      /* [S] log-probability of tokens[s] under the raw logits; filled when asked */
-  int32_t* top_ids;     /* [S, KT_MAX_LOGPROBS] most likely first */
+  int32_t num_samples; /* capacity of the arrays */
+  int32_t* tokens;     /* [S] sampled id, or the target itself */
+  float* logprobs;  /* [S] log-probability of tokens[s] under the raw logits; filled when asked */
+  int32_t* top_ids; /* [S, KT_MAX_LOGPROBS] most likely first */
   float* top_logprobs;  /* [S, KT_MAX_LOGPROBS] */
   const uint32_t* mask; /* allowed-token bits [rows, ceil(V / 32)] or NULL */
 } kt_sample_out;
@@ -365,11 +367,11 @@ typedef struct kt_sched_config {
   int32_t chunk_size;     /* token budget of a step */
   int32_t page_size;
   int32_t num_pages;
-  int32_t max_len;         /* most tokens of one sequence, prompt and output */
-  int32_t max_queue;       /* most waiting requests; beyond it submit returns KT_FULL */
-  int32_t max_samples;     /* most logit rows in a step, >= max_batch_size */
-  int32_t watermark_pages; /* pages kept free when a new sequence is admitted; -1 = default */
-  int32_t num_host_pages;  /* pages of the host-RAM tier; 0 = none; needs KT_SCHED_PREFIX_CACHE */
+  int32_t max_len;          /* most tokens of one sequence, prompt and output */
+  int32_t max_queue;        /* most waiting requests; beyond it submit returns KT_FULL */
+  int32_t max_samples;      /* most logit rows in a step, >= max_batch_size */
+  int32_t watermark_pages;  /* pages kept free when a new sequence is admitted; -1 = default */
+  int32_t num_host_pages;   /* pages of the host-RAM tier; 0 = none; needs KT_SCHED_PREFIX_CACHE */
   int64_t queue_timeout_ns; /* a request waiting longer ends with KT_FINISH_TIMEOUT; 0 = never */
   int64_t target_itl_ns;    /* adapt the prefill budget to this time between tokens; 0 = off */
   int64_t priority_step_ns; /* one priority step counts like having come this much earlier, so
@@ -429,9 +431,9 @@ typedef struct kt_sched_stats {
   int32_t num_waiting;
   int32_t num_running;
   int32_t pages_total;
-  int32_t pages_free;   /* never used or evicted */
-  int32_t pages_cached; /* unreferenced, kept for their prefix */
-  int32_t pages_used;   /* referenced by running sequences */
+  int32_t pages_free;    /* never used or evicted */
+  int32_t pages_cached;  /* unreferenced, kept for their prefix */
+  int32_t pages_used;    /* referenced by running sequences */
   int32_t num_preempted; /* part of num_waiting that has run before */
   int32_t host_pages_total;
   int32_t host_pages_used;
@@ -454,8 +456,8 @@ typedef struct kt_sched_stats {
 } kt_sched_stats;
 
 KT_API int32_t kt_sched_create(const kt_sched_config* config, kt_sched** out); /* [setup] */
-KT_API int32_t kt_sched_destroy(kt_sched* sched);                             /* [setup] */
-KT_API int32_t kt_sched_layout(const kt_sched* sched, kt_block_layout* out);  /* [any] */
+KT_API int32_t kt_sched_destroy(kt_sched* sched);                              /* [setup] */
+KT_API int32_t kt_sched_layout(const kt_sched* sched, kt_block_layout* out);   /* [any] */
 /* [any] Queues a request; microseconds, never waits. KT_FULL beyond max_queue; KT_ERR_ARGUMENT when
  * it can never fit (the message has the numbers) or a field is out of range. */
 KT_API int32_t kt_sched_submit(kt_sched* sched, const kt_request* request, int64_t now_ns);
@@ -470,15 +472,15 @@ KT_API int32_t kt_sched_wake(kt_sched* sched); /* [any] */
  * nothing can run (out is all zero; events may still be there to drain). KT_ERR_STATE between a
  * plan and its commit.
  *
- * Look-ahead (KT_SCHED_LOOKAHEAD): one more step may be planned before the commit of the one before,
- * into another block. Steps run in the order of their plans, commits come in the same order. Such a
- * step feeds tokens that are still being sampled (see kt_block_layout.tokens); rows of a sequence
- * that turns out to have ended are run for nothing and give no event. Sequences with penalties are
- * not planned ahead: their history would lack a token.
+ * Look-ahead (KT_SCHED_LOOKAHEAD): one more step may be planned before the commit of the one
+ * before, into another block. Steps run in the order of their plans, commits come in the same
+ * order. Such a step feeds tokens that are still being sampled (see kt_block_layout.tokens); rows
+ * of a sequence that turns out to have ended are run for nothing and give no event. Sequences with
+ * penalties are not planned ahead: their history would lack a token.
  *
- * Host tier (num_host_pages > 0): copies of plan n begin after step n-1 and after all copies of plan
- * n-1; copies_out end before step n begins; copies_in begin after copies_out and end before step
- * n+1 begins, so they may overlap step n, whose rows do not touch their pages. A plan may hold
+ * Host tier (num_host_pages > 0): copies of plan n begin after step n-1 and after all copies of
+ * plan n-1; copies_out end before step n begins; copies_in begin after copies_out and end before
+ * step n+1 begins, so they may overlap step n, whose rows do not touch their pages. A plan may hold
  * copies only (num_tokens 0): do them and commit 0 tokens. */
 KT_API int32_t kt_sched_plan(kt_sched* sched, int64_t now_ns, void* block, kt_plan* out);
 /* [engine] tokens int32 [num_samples] of the planned step, in logit-row order. Applies stop rules,
@@ -491,10 +493,10 @@ KT_API int32_t kt_sched_fail(kt_sched* sched, int64_t now_ns);
 KT_API int32_t kt_sched_drain(kt_sched* sched, kt_event* events, int32_t capacity,
                               int32_t* num_events);
 KT_API int32_t kt_sched_query(kt_sched* sched, kt_sched_stats* out); /* [any] */
-/* [any] Moves up to capacity bytes of the journal out (KT_SCHED_JOURNAL); KT_FULL when more is left.
- * Text, one call per line in the order in which they took effect, with a digest of every planned
- * step: replaying the lines on a scheduler of the same configuration gives the same digests. Format:
- * native/src/sched/journal.h. */
+/* [any] Moves up to capacity bytes of the journal out (KT_SCHED_JOURNAL); KT_FULL when more is
+ * left. Text, one call per line in the order in which they took effect, with a digest of every
+ * planned step: replaying the lines on a scheduler of the same configuration gives the same
+ * digests. Format: native/src/sched/journal.h. */
 KT_API int32_t kt_sched_journal(kt_sched* sched, char* text, int64_t capacity, int64_t* num_bytes);
 /* [engine] Verifies every invariant (pages conserved, reference counts equal users, ...);
  * KT_ERR_INTERNAL names what is broken. O(pages): for tests. */
