@@ -28,11 +28,12 @@ from kt_async.errors import ConfigError
 from kt_async.ffi.host import query_host
 from kt_async.model import FORWARDS
 from kt_async.model.hf_config import load_spec
-from kt_async.model.tensors import check_tensors
+from kt_async.model.tensors import check_tensors, expected_tensors
 from kt_async.resolve import HostFacts, ModelFacts, resolve
 from kt_async.text.template import ChatTemplate, load_template
 from kt_async.text.tokenizer import Tokenizer, load_tokenizer
 from kt_async.weights.generation import recommended_sampling
+from kt_async.weights.loader import check_types
 from kt_async.weights.placement import place
 from kt_async.weights.source import open_model
 
@@ -65,6 +66,7 @@ def prepare(raw: Config) -> Prepared:
             f"supported are {', '.join(sorted(FORWARDS))}"
         )
     check_tensors(spec, files)
+    check_types(files, expected_tensors(spec))
     tokenizer = load_tokenizer(files, model_path)
     template_file = Path(raw.chat_template) if raw.chat_template else None
     template = load_template(files, tokenizer, model_path, template_file)

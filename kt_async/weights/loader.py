@@ -15,10 +15,30 @@ from tqdm import tqdm
 
 from kt_async.errors import ConfigError, NativeError
 from kt_async.ffi import structs
+from kt_async.ffi.matrix import type_info
 from kt_async.ffi.model import CpuModel
 from kt_async.weights.source import ModelFiles
 
 WeightUse = tuple[str, int]  # (tensor name, KT_WEIGHT_x)
+
+
+def check_types(files: ModelFiles, names: Iterable[str]) -> None:
+    """Raise ConfigError for the first tensor of a type that the native library cannot compute with.
+
+    Before anything is loaded: a large model must not be refused at its last tensor.
+    """
+    usable: dict[int, bool] = {}
+    for name in names:
+        info = files.tensors[name]
+        if info.type not in usable:
+            try:
+                usable[info.type] = type_info(info.type).has_kernel > 0
+            except NativeError:
+                usable[info.type] = False
+        if not usable[info.type]:
+            raise ConfigError(
+                f"{info.file}: tensor '{name}' has type {info.type_name}, which is not supported."
+            )
 
 
 def load_weights(
@@ -53,7 +73,7 @@ def load_weights(
             try:
                 ids[name, kind] = model.add_weight(info, files.address(name), kind)
             except NativeError as error:
-                raise ConfigError(f"{info.file}: tensor {name}: {error}") from error
+                raise ConfigError(f"{info.file}: tensor '{name}': {error}") from error
             if kind != structs.KT_WEIGHT_BORROW:
                 files.release(name)
             bar.update(info.num_bytes)
