@@ -59,7 +59,7 @@ def test_tokens_and_template_are_those_of_qwen() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["How do I start kt_async?", "怎么启动服务器？", "`--max_batch_size 8` naïve  \n x", "€ 7+8"],
+    ["How do I start kt_async?", "怎么启动服务器", "`--max_batch_size 8` naïve  \n x", "€ 7+8"],
 )
 def test_any_text_survives_the_tokenizer(text: str) -> None:
     tokenizer = load_tokenizer(open_model(PACKAGED))
