@@ -14,14 +14,18 @@ namespace {
 // 16-byte loads reach.
 using Line = uint64_t __attribute__((vector_size(64), aligned(64), may_alias));
 
+// Sums a buffer; kAhead > 0 asks for lines that many bytes ahead, into L2: a prefetch into L1 holds
+// one of its few miss buffers until DRAM answers.
+template <int64_t kAhead>
 uint64_t read_all(const uint8_t* data, int64_t num_bytes) {
-  constexpr int64_t kAhead = 4096;
   Line sum[4] = {};
   const auto* lines = reinterpret_cast<const Line*>(data);
   const int64_t count = num_bytes / 64;
   for (int64_t i = 0; i + 4 <= count; i += 4) {
     for (int64_t j = 0; j < 4; ++j) {
-      __builtin_prefetch(data + (i + j) * 64 + kAhead);
+      if (kAhead > 0) {
+        __builtin_prefetch(data + (i + j) * 64 + kAhead, 0, 2);
+      }
       sum[j] += lines[i + j];
     }
   }
@@ -32,6 +36,11 @@ uint64_t read_all(const uint8_t* data, int64_t num_bytes) {
   }
   return total;
 }
+
+// Which way of reading is fastest differs between CPUs and with the load of the machine: every pass
+// tries all, the best counts.
+using Reader = uint64_t (*)(const uint8_t*, int64_t);
+constexpr Reader kReaders[] = {read_all<0>, read_all<1024>, read_all<8192>};
 
 double bench_read(kt::Workers& workers, int64_t num_bytes, int32_t passes) {
   kt::Arena arena;
@@ -48,18 +57,20 @@ double bench_read(kt::Workers& workers, int64_t num_bytes, int32_t passes) {
   });
   std::atomic<uint64_t> sink{0};
   double best = 0;
-  for (int32_t pass = 0; pass < passes; ++pass) {
+  constexpr int32_t kNumReaders = 3;
+  for (int32_t pass = 0; pass < passes * kNumReaders; ++pass) {
+    const Reader read = kReaders[pass % kNumReaders];
     const auto start = std::chrono::steady_clock::now();
     workers.for_each([&](int32_t worker) {
       const kt::Range range = part(worker);
-      sink.fetch_add(read_all(data + range.first, range.last - range.first));
+      sink.fetch_add(read(data + range.first, range.last - range.first));
     });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     best = std::max(best, static_cast<double>(lines * 4096) / seconds.count());
   }
   // Every byte is 1, so the sum is known: the reads cannot have been optimised away.
-  const uint64_t expected =
-      static_cast<uint64_t>(lines) * 512 * 0x0101010101010101ull * static_cast<uint64_t>(passes);
+  const uint64_t expected = static_cast<uint64_t>(lines) * 512 * 0x0101010101010101ull *
+                            static_cast<uint64_t>(passes) * static_cast<uint64_t>(kNumReaders);
   if (sink.load() != expected) {
     kt::fail_internal("kt_bench_read: the data read back is wrong");
   }
