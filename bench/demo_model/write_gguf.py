@@ -81,7 +81,7 @@ def type_of(name: str, num_layers: int) -> str:
 
 def add_metadata(writer: GGUFWriter, config: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Model, tokenizer and chat template as GGUF keys."""
-    writer.add_name("kt_async demo")
+    writer.add_name("kt-async-demo")
     writer.add_description("The built-in help desk of kt_async: a tiny model trained on own text")
     writer.add_license("apache-2.0")
     writer.add_size_label("16x1.5M")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +61,17 @@ def test_every_flag_is_explained_with_its_own_name_and_default(server: Server) -
         or not answers[1].startswith(item["default"])
     ]
     assert wrong == []
+
+
+def test_the_answer_in_the_readme_is_the_real_one(server: Server) -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    body = re.search(r"curl \S+/v1/chat/completions.*?-d '(\{.*?\})'\n", readme, re.DOTALL)
+    assert body is not None
+    question = json.loads(body[1])["messages"][0]["content"]
+    quoted = re.search(r"\n((?:> .*\n)+)", readme[body.end() :])
+    assert quoted is not None
+    shown = " ".join(line.removeprefix("> ") for line in quoted[1].splitlines())
+    assert ask_all(server, [question]) == [shown]
 
 
 def test_sums_and_counting(server: Server) -> None:
