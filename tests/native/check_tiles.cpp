@@ -1,0 +1,153 @@
+// check_tiles.cpp: the AMX kernels against the AVX-512 VNNI ones. Linked with emulated tiles where
+// the CPU has none. Prints "ok", or what differs.
+//
+// Quantised types must agree bit for bit with VNNI; BF16 within 1e-5, and every row must have the
+// same bits alone as among 70.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "kernels/blocks.h"
+#include "kernels/kernels.h"
+
+namespace {
+
+constexpr int kRows = 70, kStride = 20;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Bytes = std::unique_ptr<uint8_t, Free>;
+
+Bytes allocate(int64_t bytes) {
+  Bytes memory(static_cast<uint8_t*>(
+      std::aligned_alloc(64, static_cast<size_t>((bytes + 16384) / 64 * 64))));
+  std::memset(memory.get(), 0x7f, static_cast<size_t>(bytes));  // NaN where nothing is written
+  return memory;
+}
+
+// Random blocks whose f16 and e8m0 fields are of moderate size.
+std::vector<uint8_t> random_rows(int32_t type, int64_t num_bytes, std::mt19937& random) {
+  std::vector<uint8_t> data(static_cast<size_t>(num_bytes));
+  for (size_t i = 0; i < data.size(); ++i) {
+    data[i] = static_cast<uint8_t>(random());
+    const bool top_of_f32 = type == kt::kF32 && i % 4 == 3;
+    const bool top_of_bf16 = type == kt::kBF16 && i % 2 == 1;
+    if (top_of_f32 || top_of_bf16) {
+      data[i] = static_cast<uint8_t>((data[i] & 0x80) | 0x3f);
+    } else if (type != kt::kF32 && type != kt::kBF16) {
+      data[i] &= 0x3b;
+    }
+  }
+  return data;
+}
+
+struct Case {
+  kt::Matrix w;
+  Bytes band, amx_acts, vnni_acts, scratch;
+  int64_t stride = 0;
+
+  Case(int32_t type, int32_t cols, std::mt19937& random) {
+    const kt::TypeTraits* traits = kt::type_traits(type);
+    const int64_t row_bytes = int64_t{cols} / traits->block_size * traits->block_bytes;
+    kt::matrix_format(type, cols, &w.act, &w.band_bytes);
+    const std::vector<uint8_t> rows = random_rows(type, 16 * row_bytes, random);
+    band = allocate(w.band_bytes);
+    kt::pack_band(type, cols, rows.data(), row_bytes, 16, band.get());
+    w.type = type;
+    w.rows = 16;
+    w.cols = cols;
+    w.num_bands = 1;
+    w.expert_bytes = w.band_bytes;
+    w.data = band.get();
+    stride = kt::act_row_bytes(w.act, cols);
+    amx_acts = allocate(stride * kRows);
+    vnni_acts = allocate(stride * kRows);
+    scratch = allocate(kt::multiply_scratch_bytes(cols));
+    std::normal_distribution<float> normal;
+    std::vector<float> x(static_cast<size_t>(cols));
+    for (int i = 0; i < kRows; ++i) {
+      for (float& value : x) {
+        value = normal(random);
+      }
+      // In two pieces, as two workers would.
+      const int32_t cut = 64;
+      kt::matrix_kernels(4)->prepare(w.act, x.data(), cols, 0, cut, amx_acts.get() + i * stride);
+      kt::matrix_kernels(4)->prepare(w.act, x.data() + cut, cols, cut, cols - cut,
+                                     amx_acts.get() + i * stride);
+      kt::matrix_kernels(3)->prepare(w.act, x.data(), cols, 0, cols, vnni_acts.get() + i * stride);
+    }
+  }
+
+  std::vector<float> multiply(int isa, const int32_t* rows, int m) {
+    std::vector<float> out(size_t{kRows} * kStride, -1.0f);
+    const uint8_t* acts = isa == 4 ? amx_acts.get() : vnni_acts.get();
+    kt::matrix_kernels(isa)->multiply_band(w, 0, 0, acts, stride, rows, m, out.data(), kStride,
+                                           scratch.get());
+    return out;
+  }
+};
+
+bool agree(const std::vector<float>& a, const std::vector<float>& b, bool exact) {
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (exact && std::memcmp(&a[i], &b[i], 4) != 0) {
+      return false;
+    }
+    difference += std::pow(a[i] - b[i], 2);
+    size += std::pow(b[i], 2);
+  }
+  return difference <= 1e-10 * size;
+}
+
+int check(int32_t type, int32_t cols, std::mt19937& random) {
+  Case c(type, cols, random);
+  const char* name = kt::type_traits(type)->name;
+  std::vector<int32_t> shuffled(kRows);
+  const int32_t* const choices[] = {nullptr, shuffled.data()};
+  for (int i = 0; i < kRows; ++i) {
+    shuffled[static_cast<size_t>(i)] = (i * 7 + i % 3) % kRows;
+  }
+  int failures = 0;
+  for (const int m : {1, 2, 5, 8, 9, 15, 16, 17, 31, 32, 33, 64, 70}) {
+    for (const int32_t* rows : choices) {
+      if (!agree(c.multiply(4, rows, m), c.multiply(3, rows, m), type != kt::kBF16)) {
+        std::printf("%s, %d columns: %d rows%s differ\n", name, cols, m, rows ? " gathered" : "");
+        ++failures;
+      }
+    }
+  }
+  const std::vector<float> all = c.multiply(4, nullptr, kRows);
+  for (int32_t i = 0; i < kRows; ++i) {
+    if (std::memcmp(c.multiply(4, &i, 1).data(), &all[static_cast<size_t>(i) * kStride], 64) != 0) {
+      std::printf("%s, %d columns: row %d changes in company\n", name, cols, i);
+      ++failures;
+    }
+  }
+  return failures;
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(3);
+  int failures = 0;
+  for (int32_t type = 0; type < 64; ++type) {
+    const kt::TypeTraits* traits = kt::type_traits(type);
+    if (traits == nullptr) {
+      continue;
+    }
+    for (const int32_t blocks : {1, 3}) {  // whole tiles, and where the type has them cut ones
+      const int32_t least = traits->block_size == 1 ? 295 : traits->block_size == 32 ? 288 : 256;
+      failures += check(type, least * blocks, random);
+    }
+  }
+  if (failures == 0) {
+    std::puts("ok");
+  }
+  return failures != 0;
+}
