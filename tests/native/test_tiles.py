@@ -13,7 +13,7 @@ from kt_async.ffi.host import query_host
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "native" / "src" / "kernels"
-BASELINE = ["types", "types_iq", "iq_tables", "pack", "matrix_scalar", "matrix_dispatch"]
+BASELINE = ["types", "types_iq", "pack", "matrix_scalar", "matrix_dispatch"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 VNNI = [
     *AVX2,

@@ -41,6 +41,16 @@ struct alignas(64) RowGroup {
   float sum16[16][16];
 };
 
+// Copies kBytes * nb bytes; full tiles, nearly all, without a call.
+template <int kBytes>
+inline void copy_blocks(void* to, const uint8_t* from, int nb) {
+  if (nb == 8) {
+    __builtin_memcpy(to, from, 8 * kBytes);
+  } else {
+    __builtin_memcpy(to, from, static_cast<size_t>(kBytes * nb));
+  }
+}
+
 // Address and stride of the int8 columns of 16 rows; x[i] points at the rows' prepared forms.
 inline const int8_t* gather_columns(const uint8_t* const* x, int32_t tile, int nb, RowGroup* group,
                                     int64_t* stride) {
@@ -53,7 +63,7 @@ inline const int8_t* gather_columns(const uint8_t* const* x, int32_t tile, int n
     return reinterpret_cast<const int8_t*>(x[0]) + kTileCols * tile;
   }
   for (int i = 0; i < 16; ++i) {
-    __builtin_memcpy(group->copy[i], x[i] + kTileCols * tile, static_cast<size_t>(32 * nb));
+    copy_blocks<32>(group->copy[i], x[i] + kTileCols * tile, nb);
   }
   *stride = 256;
   return group->copy[0];
@@ -132,11 +142,11 @@ __attribute__((noinline)) void add_decoded_16(const BandJob& job, const DecodedT
   int64_t stride;
   const int8_t* a = gather_columns(x, tile, nb, group, &stride);
   for (int i = 0; i < 16; ++i) {
-    const auto bytes = static_cast<size_t>(4 * nb);
-    __builtin_memcpy(group->scale[i], x[i] + at.scale + 32 * tile, bytes);
-    if constexpr (T::kMin) {
-      __builtin_memcpy(group->sum[i], x[i] + at.sum + 32 * tile, bytes);
-      __builtin_memcpy(group->sum16[i], x[i] + at.sum16 + 64 * tile, 2 * bytes);
+    copy_blocks<4>(group->scale[i], x[i] + at.scale + 32 * tile, nb);
+    if constexpr (T::kMin && T::kGroup16) {
+      copy_blocks<8>(group->sum16[i], x[i] + at.sum16 + 64 * tile, nb);
+    } else if constexpr (T::kMin) {
+      copy_blocks<4>(group->sum[i], x[i] + at.sum + 32 * tile, nb);
     }
   }
   finish_stores(group);

@@ -74,6 +74,28 @@ void set_scales(DecodedBlock* out, int first, int count, float scale, float min)
 // Element k of a 32-block: low nibbles are k = 0..15, high nibbles 16..31.
 int nibble32(const uint8_t* qs, int k) { return k < 16 ? qs[k] & 15 : qs[k - 16] >> 4; }
 
+// 2-bit values of a 256-block, less `offset`: 128 columns share 32 bytes.
+void move_pairs(const uint8_t* qs, int offset, int8_t* q) {
+  for (int half = 0; half < 2; ++half) {
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      for (int l = 0; l < 32; ++l) {
+        q[128 * half + 32 * quarter + l] =
+            static_cast<int8_t>(((qs[32 * half + l] >> (2 * quarter)) & 3) - offset);
+      }
+    }
+  }
+}
+
+// Nibbles of a Q4_K or Q5_K block: 64 columns share 32 bytes.
+void move_nibbles(const uint8_t* qs, int8_t* q) {
+  for (int part = 0; part < 4; ++part) {
+    for (int l = 0; l < 32; ++l) {
+      q[64 * part + l] = static_cast<int8_t>(qs[32 * part + l] & 15);
+      q[64 * part + 32 + l] = static_cast<int8_t>(qs[32 * part + l] >> 4);
+    }
+  }
+}
+
 void decode_q4_0(const uint8_t* b, DecodedBlock* out) {
   for (int k = 0; k < 32; ++k) {
     out->q[k] = static_cast<int8_t>(nibble32(b + 2, k) - 8);
@@ -103,11 +125,8 @@ void decode_q8_0(const uint8_t* b, DecodedBlock* out) {
 }
 
 void decode_q2_k(const uint8_t* b, DecodedBlock* out) {
-  const uint8_t* qs = b + 16;
   const float d = load_half(b + 80), dmin = load_half(b + 82);
-  for (int k = 0; k < 256; ++k) {
-    out->q[k] = static_cast<int8_t>((qs[k / 128 * 32 + k % 32] >> (2 * (k % 128 / 32))) & 3);
-  }
+  move_pairs(b + 16, 0, out->q);
   for (int i = 0; i < 16; ++i) {
     out->scale[i] = d * static_cast<float>(b[i] & 15);
     out->min[i] = dmin * static_cast<float>(b[i] >> 4);
@@ -115,14 +134,13 @@ void decode_q2_k(const uint8_t* b, DecodedBlock* out) {
 }
 
 void decode_q3_k(const uint8_t* b, DecodedBlock* out) {
-  const uint8_t* mask = b;
-  const uint8_t* qs = b + 32;
   const uint8_t* scales = b + 96;
   const float d = load_half(b + 108);
-  for (int k = 0; k < 256; ++k) {
-    const int low = (qs[k / 128 * 32 + k % 32] >> (2 * (k % 128 / 32))) & 3;
-    const int high = (mask[k % 32] >> (k / 32)) & 1;
-    out->q[k] = static_cast<int8_t>(low - (high != 0 ? 0 : 4));
+  move_pairs(b + 32, 4, out->q);
+  for (int j = 0; j < 8; ++j) {  // bit j of mask byte l adds 4 to column 32 j + l
+    for (int l = 0; l < 32; ++l) {
+      out->q[32 * j + l] = static_cast<int8_t>(out->q[32 * j + l] + ((b[l] >> j) & 1) * 4);
+    }
   }
   for (int i = 0; i < 16; ++i) {
     const int low = (scales[i % 8] >> (4 * (i / 8))) & 15;
@@ -142,31 +160,33 @@ void decode_k_scales(const uint8_t* s, float d, float dmin, DecodedBlock* out) {
 }
 
 void decode_q4_k(const uint8_t* b, DecodedBlock* out) {
-  const uint8_t* qs = b + 16;
-  for (int k = 0; k < 256; ++k) {
-    out->q[k] = static_cast<int8_t>((qs[k / 64 * 32 + k % 32] >> (4 * (k % 64 / 32))) & 15);
-  }
+  move_nibbles(b + 16, out->q);
   decode_k_scales(b + 4, load_half(b), load_half(b + 2), out);
 }
 
 void decode_q5_k(const uint8_t* b, DecodedBlock* out) {
   const uint8_t* high = b + 16;
-  const uint8_t* qs = b + 48;
-  for (int k = 0; k < 256; ++k) {
-    const int low = (qs[k / 64 * 32 + k % 32] >> (4 * (k % 64 / 32))) & 15;
-    out->q[k] = static_cast<int8_t>(low | ((high[k % 32] >> (k / 32)) & 1) << 4);
+  move_nibbles(b + 48, out->q);
+  for (int j = 0; j < 8; ++j) {  // bit j of high byte l is bit 4 of column 32 j + l
+    for (int l = 0; l < 32; ++l) {
+      out->q[32 * j + l] = static_cast<int8_t>(out->q[32 * j + l] | ((high[l] >> j) & 1) << 4);
+    }
   }
   decode_k_scales(b + 4, load_half(b), load_half(b + 2), out);
 }
 
 void decode_q6_k(const uint8_t* b, DecodedBlock* out) {
-  const uint8_t* high = b + 128;
   const float d = load_half(b + 208);
-  for (int k = 0; k < 256; ++k) {
-    const int half = k / 128, quarter = k % 128 / 32, l = k % 32;
-    const int low = (b[half * 64 + (quarter & 1) * 32 + l] >> (4 * (quarter >> 1))) & 15;
-    const int top = (high[half * 32 + l] >> (2 * quarter)) & 3;
-    out->q[k] = static_cast<int8_t>((low | top << 4) - 32);
+  for (int half = 0; half < 2; ++half) {
+    const uint8_t* low = b + 64 * half;
+    const uint8_t* high = b + 128 + 32 * half;
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      int8_t* q = out->q + 128 * half + 32 * quarter;
+      for (int l = 0; l < 32; ++l) {
+        const int nibble = (low[(quarter & 1) * 32 + l] >> (4 * (quarter >> 1))) & 15;
+        q[l] = static_cast<int8_t>((nibble | ((high[l] >> (2 * quarter)) & 3) << 4) - 32);
+      }
+    }
   }
   for (int i = 0; i < 16; ++i) {
     out->scale[i] = d * static_cast<float>(static_cast<int8_t>(b[192 + i]));
@@ -222,10 +242,7 @@ void decode_tq1_0(const uint8_t* b, DecodedBlock* out) {
 }
 
 void decode_tq2_0(const uint8_t* b, DecodedBlock* out) {
-  for (int k = 0; k < 256; ++k) {
-    const int q = (b[k / 128 * 32 + k % 32] >> (2 * (k % 128 / 32))) & 3;
-    out->q[k] = static_cast<int8_t>(q - 1);
-  }
+  move_pairs(b, 1, out->q);
   set_scales(out, 0, 16, load_half(b + 64), 0.0f);
 }
 
