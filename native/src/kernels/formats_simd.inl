@@ -1,0 +1,348 @@
+// formats_simd.inl: how each R16 format becomes lines of weights, scales and mins in registers, and
+// in memory. Included by matrix_simd.inl, inside the anonymous namespace of an ISA file, after V.
+//
+// A format class decodes one tile for one half of its rows:
+//   kGroup16   scales per 16 columns (else per 32)      kMin     has mins
+//   kMax       largest stored weight value (unsigned)   kOffset  what was added to make it so
+// pair(b, j, lo, hi): the weights of columns 32 b + 8 j .. +3 (lo) and +4 .. +7 (hi).
+// scale(i) / min(i): i counts the tile's groups of 16 (kGroup16) or 32 columns.
+// With kMax = 255 (8-bit weights) the lines are unsigned with offset 128 when V::kDotU8 (u8 x s8
+// dot products do not saturate), plain signed otherwise.
+
+// How far ahead of its use a weight line is asked for, and into the L2 cache: a prefetch into L1
+// holds one of the few L1 miss buffers until DRAM answers, which caps a core at half its rate.
+// Measured, GB/s for 1, 2, 4 rows. One Zen 4 core (a plain read gets 31): 8 KiB gives Q4_K 23, 29,
+// 20, Q6_K 26, 29, 24, Q8_0 24, 23, 26, BF16 24, 25, 28; 0 .. 4 KiB half of that from 2 rows on.
+// 16 cores of a Xeon at once (12 each): 8 KiB 9.6, 9.4, 8.4 for Q4_K, 4 KiB 9.8, 9.2, 8.8, 1
+// KiB 7.4 for one row, 2 KiB 8.1 for two.
+constexpr int kAhead = 8192;
+
+constexpr int block_step(int32_t type) { return static_cast<int>(tile_bytes(type) / 8); }
+
+template <int kLines>
+inline void prefetch(const uint8_t* p) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLines; ++i) {
+    // gcc 12 drops the intrinsic from the loops of Q4_K and Q5_K.
+    asm volatile("prefetcht1 %0" : : "m"(p[64 * i]));
+  }
+}
+
+template <bool kGroup, bool kHasMin, int kLargest, int kAdded>
+struct Traits {
+  static constexpr bool kGroup16 = kGroup;
+  static constexpr bool kMin = kHasMin;
+  static constexpr int kMax = kLargest;
+  static constexpr int kOffset = kAdded;
+};
+using Unsigned4 = Traits<false, true, 15, 0>;
+using Unsigned5 = Traits<false, true, 31, 0>;
+using Offset4 = Traits<false, false, 15, 8>;
+using Offset5 = Traits<false, false, 31, 16>;
+using Offset6 = Traits<true, false, 63, 32>;
+using Signed8 = Traits<false, false, 255, 128>;
+using Any8 = Traits<true, true, 255, 128>;  // what decode_block gives: any type
+
+inline void split_nibbles(const uint8_t* line, V::I* lo, V::I* hi) {
+  const V::I x = V::load(line);
+  const V::I mask = V::set8(15);
+  *lo = V::and_(x, mask);
+  *hi = V::and_(V::srl16<4>(x), mask);
+}
+
+// Puts bit p (0..7) of every byte of `bits` at bit 4 of `low`.
+template <int kP>
+inline V::I add_bit4(V::I low, V::I bits) {
+  if constexpr (kP < 4) {
+    return V::or_masked(low, V::sll16<4 - kP>(bits), V::set8(16));
+  } else {
+    return V::or_masked(low, V::srl16<kP - 4>(bits), V::set8(16));
+  }
+}
+
+template <int kJ>
+inline void add_top_bits(V::I bits, V::I* lo, V::I* hi) {
+  *lo = add_bit4<2 * kJ>(*lo, bits);
+  *hi = add_bit4<2 * kJ + 1>(*hi, bits);
+}
+
+// A 16-entry table in every 128-bit lane.
+inline V::I table(const int8_t* values, int add) {
+  alignas(16) int8_t bytes[16];
+  for (int i = 0; i < 16; ++i) {
+    bytes[i] = static_cast<int8_t>(values[i] + add);
+  }
+  return V::repeat128(bytes);
+}
+
+constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                   1,    13,   25,  38,  53,  69,  89,  113};
+constexpr int8_t kMxfp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+struct Q8_0 : Signed8 {
+  static constexpr int kStep = block_step(kQ8_0);
+  const uint8_t* tile;
+  const uint8_t* d;
+  Q8_0(const uint8_t* at, const uint8_t*, int nb, int half)
+      : tile(at + half * 32), d(at + nb * 512 + half * 16) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    const uint8_t* line = tile + b * 512 + kJ * 128;
+    *lo = V::load(line);
+    *hi = V::load(line + 64);
+    if constexpr (V::kDotU8) {
+      *lo = V::xor_(*lo, V::set8(-128));
+      *hi = V::xor_(*hi, V::set8(-128));
+    }
+  }
+  V::F scale(int b) const { return V::halves(d + b * 32); }
+  V::F min(int) const { return V::zero(); }
+};
+
+// Q4_0, Q4_1 and the tables that replace their linear values.
+template <class T, int kD>
+struct Nibbles : T {
+  const uint8_t* tile;
+  const uint8_t* d;
+  int blocks;
+  Nibbles(const uint8_t* at, const uint8_t*, int nb, int half)
+      : tile(at + half * 32), d(at + nb * kD + half * 16), blocks(nb) {}
+  V::F scale(int b) const { return V::halves(d + b * 32); }
+  V::F min(int b) const { return V::mul(V::halves(d + blocks * 32 + b * 32), V::set_f(-1.0f)); }
+};
+
+template <class T, int32_t kType>
+struct Q4 : Nibbles<T, 256> {
+  static constexpr int kStep = block_step(kType);
+  using Nibbles<T, 256>::Nibbles;
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(this->tile + b * 256 + kJ * 64, lo, hi);
+  }
+};
+using Q4_0 = Q4<Offset4, kQ4_0>;
+using Q4_1 = Q4<Unsigned4, kQ4_1>;
+
+template <class T, int32_t kType>
+struct Q5 : Nibbles<T, 320> {
+  static constexpr int kStep = block_step(kType);
+  const uint8_t* top;
+  Q5(const uint8_t* at, const uint8_t* halves, int nb, int half)
+      : Nibbles<T, 320>(at, halves, nb, half), top(at + nb * 256 + half * 32) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(this->tile + b * 256 + kJ * 64, lo, hi);
+    add_top_bits<kJ>(V::load(top + b * 64), lo, hi);
+  }
+};
+using Q5_0 = Q5<Offset5, kQ5_0>;
+using Q5_1 = Q5<Unsigned5, kQ5_1>;
+
+struct IQ4_NL : Nibbles<Signed8, 256> {
+  static constexpr int kStep = block_step(kIQ4_NL);
+  V::I values;
+  IQ4_NL(const uint8_t* at, const uint8_t* halves, int nb, int half)
+      : Nibbles(at, halves, nb, half), values(table(kIq4Values, V::kDotU8 ? 128 : 0)) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
+    *lo = V::shuffle(values, *lo);
+    *hi = V::shuffle(values, *hi);
+  }
+};
+
+struct IQ4_XS : Signed8 {
+  static constexpr int kStep = block_step(kIQ4_XS);
+  const uint8_t* tile;
+  const uint8_t* low;
+  const uint8_t* high;
+  V::F d;
+  V::I values;
+  IQ4_XS(const uint8_t* at, const uint8_t*, int, int half)
+      : tile(at + half * 32),
+        low(at + 2048 + half * 8),
+        high(at + 2144 + half * 16),
+        d(V::halves(at + 2112 + half * 16)),
+        values(table(kIq4Values, V::kDotU8 ? 128 : 0)) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
+    *lo = V::shuffle(values, *lo);
+    *hi = V::shuffle(values, *hi);
+  }
+  V::F scale(int b) const {
+    const V::I bits = V::and_(V::srl32(V::widen_u8(low + b / 2 * 16), 4 * (b & 1)), V::set32(15));
+    const V::I top = V::and_(V::srl32(V::widen_u16(high), 2 * b), V::set32(3));
+    const V::I value = V::sub32(V::or_(bits, V::sll32(top, 4)), V::set32(32));
+    return V::mul(d, V::to_float(value));
+  }
+  V::F min(int) const { return V::zero(); }
+};
+
+struct MXFP4 : Offset5 {  // values -12..12 stored as 4..28
+  static constexpr int kStep = block_step(kMXFP4);
+  const uint8_t* tile;
+  const uint8_t* e;
+  V::I values;
+  MXFP4(const uint8_t* at, const uint8_t*, int nb, int half)
+      : tile(at + half * 32), e(at + nb * 256 + half * 8), values(table(kMxfp4Values, 16)) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
+    *lo = V::shuffle(values, *lo);
+    *hi = V::shuffle(values, *hi);
+  }
+  V::F scale(int b) const { return V::e8m0_half(V::widen_u8(e + b * 16)); }
+  V::F min(int) const { return V::zero(); }
+};
+
+// The 6-bit scales and mins of Q4_K and Q5_K, 12 planes of 16 rows, as one byte each:
+// scales of blocks 0..7, then mins.
+struct KScales {
+  alignas(64) uint8_t value[16][16];
+  V::F d, dmin;
+  KScales(const uint8_t* planes, int half)
+      : d(V::halves(planes + 192 + half * 16)), dmin(V::halves(planes + 224 + half * 16)) {
+    const V::I six = V::set8(63), four = V::set8(15), top = V::set8(0x30);
+    for (int i = 0; i < 64; i += V::kBytes) {  // four planes at a time
+      const V::I a = V::load(planes + i);
+      const V::I b = V::load(planes + 64 + i);
+      const V::I c = V::load(planes + 128 + i);
+      V::store(&value[0][0] + i, V::and_(a, six));
+      V::store(&value[4][0] + i, V::or_masked(V::and_(c, four), V::srl16<2>(a), top));
+      V::store(&value[8][0] + i, V::and_(b, six));
+      V::store(&value[12][0] + i, V::or_masked(V::and_(V::srl16<4>(c), four), V::srl16<2>(b), top));
+    }
+    shift = half * 8;
+  }
+  V::F scale(int b) const { return V::mul(d, V::to_float(V::widen_u8(&value[b][shift]))); }
+  V::F min(int b) const { return V::mul(dmin, V::to_float(V::widen_u8(&value[8 + b][shift]))); }
+  int shift;
+};
+
+struct Q4_K : Unsigned4 {
+  static constexpr int kStep = block_step(kQ4_K);
+  const uint8_t* tile;
+  KScales scales;
+  Q4_K(const uint8_t* at, const uint8_t*, int, int half)
+      : tile(at + half * 32), scales(at + 2048, half) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
+  }
+  V::F scale(int b) const { return scales.scale(b); }
+  V::F min(int b) const { return scales.min(b); }
+};
+
+struct Q5_K : Unsigned5 {
+  static constexpr int kStep = block_step(kQ5_K);
+  const uint8_t* tile;
+  KScales scales;
+  Q5_K(const uint8_t* at, const uint8_t*, int, int half)
+      : tile(at + half * 32), scales(at + 2560, half) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
+    const uint8_t* bits = tile + 2048 + b * 64;
+    add_top_bits<kJ>(V::load(bits), lo, hi);
+  }
+  V::F scale(int b) const { return scales.scale(b); }
+  V::F min(int b) const { return scales.min(b); }
+};
+
+struct Q6_K : Offset6 {
+  static constexpr int kStep = block_step(kQ6_K);
+  const uint8_t* tile;
+  const uint8_t* bytes;
+  V::F d;
+  Q6_K(const uint8_t* at, const uint8_t* halves, int, int half)
+      : tile(at + half * 32), bytes(at + 3072 + half * 8), d(V::halves(halves + half * 16)) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_nibbles(tile + b * 256 + kJ * 64, lo, hi);
+    const uint8_t* line = tile + 2048 + b * 128 + kJ / 2 * 64;
+    const V::I bits = V::load(line);
+    const V::I mask = V::set8(0x30);
+    if constexpr (kJ % 2 == 0) {
+      *lo = V::or_masked(*lo, V::sll16<4>(bits), mask);
+      *hi = V::or_masked(*hi, V::sll16<2>(bits), mask);
+    } else {
+      *lo = V::or_masked(*lo, bits, mask);
+      *hi = V::or_masked(*hi, V::srl16<2>(bits), mask);
+    }
+  }
+  V::F scale(int i) const { return V::mul(d, V::to_float(V::widen_s8(bytes + i * 16))); }
+  V::F min(int) const { return V::zero(); }
+};
+
+// A tile decoded to memory: the source for more than V::kMaxM rows, and the only one for types
+// without their own class.
+struct alignas(64) DecodedTile {
+  uint8_t lines[64][64];  // as pair() gives them
+  float scale[16][16];    // [group][row]
+  float min[16][16];
+};
+
+template <class T>
+struct FromMemory : T {
+  static constexpr int kStep = 0;  // already in L1
+  const uint8_t* lines;
+  const float* scales;
+  const float* mins;
+  FromMemory(const DecodedTile& tile, int half)
+      : lines(&tile.lines[0][0] + half * 32),
+        scales(&tile.scale[0][0] + half * 8),
+        mins(&tile.min[0][0] + half * 8) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    *lo = V::load(lines + b * 512 + kJ * 128);
+    *hi = V::load(lines + b * 512 + kJ * 128 + 64);
+  }
+  V::F scale(int i) const { return V::load_f(scales + i * 16); }
+  V::F min(int i) const { return V::load_f(mins + i * 16); }
+};
+
+// Takes the offset out again where signed lines are wanted (tiles).
+template <class Format, bool kSigned>
+inline void store_pair(uint8_t* lines, V::I lo, V::I hi) {
+  if constexpr (kSigned && Format::kOffset != 0) {
+    lo = V::sub8(lo, V::set8(Format::kOffset));
+    hi = V::sub8(hi, V::set8(Format::kOffset));
+  }
+  V::store(lines, lo);
+  V::store(lines + 64, hi);
+}
+
+template <class Format, bool kSigned>
+void decode_pairs(const Format& format, int b, uint8_t* lines) {
+  V::I lo, hi;
+  format.template pair<0>(b, &lo, &hi);
+  store_pair<Format, kSigned>(lines, lo, hi);
+  format.template pair<1>(b, &lo, &hi);
+  store_pair<Format, kSigned>(lines + 128, lo, hi);
+  format.template pair<2>(b, &lo, &hi);
+  store_pair<Format, kSigned>(lines + 256, lo, hi);
+  format.template pair<3>(b, &lo, &hi);
+  store_pair<Format, kSigned>(lines + 384, lo, hi);
+}
+
+template <class Format, bool kSigned>
+void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedTile* tile) {
+  for (int half = 0; half < 16 / V::kRows; ++half) {
+    const Format format(at, halves, nb, half);
+    constexpr int kPerBlock = Format::kGroup16 ? 2 : 1;
+    for (int b = 0; b < nb; ++b) {
+      if (half == 0) {
+        prefetch<(Format::kStep + 63) / 64>(at + kAhead + b * Format::kStep);
+      }
+      decode_pairs<Format, kSigned>(format, b, &tile->lines[8 * b][0] + half * 32);
+      for (int i = b * kPerBlock; i < (b + 1) * kPerBlock; ++i) {
+        V::store_f(&tile->scale[i][half * 8], format.scale(i));
+        if constexpr (Format::kMin) {
+          V::store_f(&tile->min[i][half * 8], format.min(i));
+        }
+      }
+    }
+  }
+}
+
