@@ -345,4 +345,3 @@ void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedT
     }
   }
 }
-
