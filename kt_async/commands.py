@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 
 from kt_async.config import Config
 from kt_async.demo import demo_model_path
-from kt_async.engine.build import engine_info, load_cpu_runner, make_scheduler
+from kt_async.engine.build import engine_info, load_runner, make_scheduler
 from kt_async.engine.memory import gib
 from kt_async.engine.service import EngineService
 from kt_async.engine.types import GenerationRequest, SamplingParams
@@ -145,7 +145,7 @@ def _check_generation(config: Config) -> str:
 async def _generate(ready: Prepared) -> tuple[list[int], float]:
     """Greedy tokens through scheduler, runner and engine thread."""
     scheduler = make_scheduler(ready.config)
-    runner = load_cpu_runner(ready.model, ready.config, scheduler)
+    runner = load_runner(ready.model, ready.config, scheduler)
     service = EngineService(scheduler, runner, engine_info(ready.model, ready.config))
     service.start()
     begin = time.monotonic()

@@ -22,9 +22,10 @@ from aiohttp import web
 from kt_async.api.app import ApiSettings, drain, make_app, make_runner
 from kt_async.config import Config
 from kt_async.demo import demo_model_path
-from kt_async.engine.build import Model, engine_info, load_cpu_runner, make_scheduler, size_kv
+from kt_async.engine.build import Model, engine_info, load_runner, make_scheduler, size_kv
 from kt_async.engine.service import EngineService
 from kt_async.errors import ConfigError
+from kt_async.ffi.cuda import count_gpus
 from kt_async.ffi.host import query_host
 from kt_async.model import FORWARDS
 from kt_async.model.hf_config import load_spec
@@ -79,11 +80,24 @@ def prepare(raw: Config) -> Prepared:
         main_type=model.main_type,
         generation=recommended_sampling(model_path, files.metadata),
     )
-    machine = HostFacts(num_cpus=host.num_cpus, num_cores=host.num_cores)
+    gpus = 0 if raw.device == "cpu" else usable_gpus()
+    machine = HostFacts(num_cpus=host.num_cpus, num_cores=host.num_cores, num_gpus=gpus)
     placement = place(spec, rules_path=raw.optimize_config_path, amx="amx" in host.isas)
     raw = dataclasses.replace(raw, warnings=(*raw.warnings, *placement.warnings))
     config = resolve(raw, facts, machine, lambda config: size_kv(model, host, config))
     return Prepared(config, model, tokenizer, template)
+
+
+def usable_gpus() -> int:
+    """GPUs that both the driver and this PyTorch can use; says so when only the driver can."""
+    if count_gpus() == 0:
+        return 0
+    import torch  # noqa: PLC0415 - seconds to import, and only a GPU needs it
+
+    if not torch.cuda.is_available():
+        log.warning("there is a GPU, but this PyTorch build cannot use it: running on the CPU")
+        return 0
+    return torch.cuda.device_count()
 
 
 def sample_vocab(tokenizer: Tokenizer, vocab_size: int) -> int:
@@ -146,7 +160,7 @@ async def serve(raw: Config) -> None:
     for warning in config.warnings:
         log.warning("%s", warning)
     scheduler = make_scheduler(config)
-    runner = load_cpu_runner(ready.model, config, scheduler)
+    runner = load_runner(ready.model, config, scheduler)
     service = EngineService(scheduler, runner, engine_info(ready.model, config))
     app = make_app(service, ready.tokenizer, ready.template, api_settings(config))
     http = make_runner(app)

@@ -9,11 +9,12 @@ import logging
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kt_async.config import Config
-from kt_async.engine.memory import gib, plan_cpu_memory
-from kt_async.engine.runner import CpuLimits, CpuRunner
+from kt_async.engine.memory import GpuMemoryPlan, KvWish, gib, plan_cpu_memory, plan_gpu_memory
+from kt_async.engine.runner import CpuLimits, CpuRunner, Runner
 from kt_async.engine.types import EngineInfo
 from kt_async.ffi import structs
 from kt_async.ffi.host import HostInfo, isa_number
@@ -53,6 +54,10 @@ class Model:
 
 def size_kv(model: Model, host: HostInfo, config: Config) -> KvSize:
     """KV cache for `resolve`: checks that weights and cache fit into memory."""
+    if config.device != "cpu":
+        gpu = _gpu_plan(model, config)
+        log.info("%s", gpu.describe())
+        return KvSize(gpu.num_pages * config.page_size, gpu.kv_bytes, gpu.kv_reason)
     plan = plan_cpu_memory(
         model.spec,
         weight_bytes=model.files.total_bytes,
@@ -65,6 +70,32 @@ def size_kv(model: Model, host: HostInfo, config: Config) -> KvSize:
     )
     log.info("%s", plan.describe())
     return KvSize(plan.num_pages * config.page_size, plan.kv_bytes, plan.kv_reason)
+
+
+def _gpu_plan(model: Model, config: Config) -> GpuMemoryPlan:
+    import torch  # noqa: PLC0415 - seconds to import, and only a GPU needs it
+
+    expert_bytes = sum(
+        info.num_bytes for name, info in model.files.tensors.items() if "_exps." in name
+    )
+    free_bytes = torch.cuda.mem_get_info(_gpu_index(config))[0]
+    return plan_gpu_memory(
+        model.spec,
+        KvWish(
+            config.page_size,
+            config.max_model_len,
+            config.max_batch_size,
+            config.cache_lens or None,
+        ),
+        dense_bytes=model.files.total_bytes - expert_bytes,
+        expert_bytes=expert_bytes,
+        budget=int(free_bytes * config.gpu_memory_utilization),
+        expert_mem=config.gpu_expert_mem,
+    )
+
+
+def _gpu_index(config: Config) -> int:
+    return int(config.device.partition(":")[2] or 0)
 
 
 def make_scheduler(config: Config) -> Scheduler:
@@ -88,11 +119,38 @@ def make_scheduler(config: Config) -> Scheduler:
     )
 
 
-def load_cpu_runner(model: Model, config: Config, scheduler: Scheduler) -> CpuRunner:
-    """Load the weights; takes as long as the disk needs."""
-    begin = time.monotonic()
+def load_runner(model: Model, config: Config, scheduler: Scheduler) -> Runner:
+    """Load the weights onto the configured device; takes as long as the disk needs."""
     pool = Pool(num_threads=config.cpu_infer, isa=isa_number(config.isa), pin=config.pin)
     log.info("%s", pool.describe())
+    begin = time.monotonic()
+    if config.device == "cpu":
+        runner: Runner = _cpu_runner(model, config, scheduler, pool)
+    else:
+        runner = _gpu_runner(model, config, scheduler, pool)
+    seconds = max(time.monotonic() - begin, 1e-3)
+    size = model.files.total_bytes
+    log.info("loaded %s in %.1f s (%.2f GB/s)", gib(size), seconds, size / seconds * 1e-9)
+    return runner
+
+
+def _gpu_runner(model: Model, config: Config, scheduler: Scheduler, pool: Pool) -> Runner:
+    import torch  # noqa: PLC0415
+
+    from kt_async.engine.cuda_build import CudaOptions, load_cuda_runner  # noqa: PLC0415
+    from kt_async.engine.cuda_runner import CudaLimits  # noqa: PLC0415
+
+    torch.cuda.set_device(_gpu_index(config))
+    limits = CudaLimits(config.page_size, config.num_pages, model.sample_vocab, config.num_pages)
+    options = CudaOptions(
+        experts_in_vram=_gpu_plan(model, config).experts_in_vram,
+        use_graphs=config.use_cuda_graph,
+        cache_dir=Path.home() / ".cache" / "kt_async",
+    )
+    return load_cuda_runner(model.files, model.spec, pool, scheduler.layout, limits, options)
+
+
+def _cpu_runner(model: Model, config: Config, scheduler: Scheduler, pool: Pool) -> CpuRunner:
     layout = scheduler.layout
     limits = CpuLimits(
         max_tokens=layout.max_tokens,
@@ -103,11 +161,7 @@ def load_cpu_runner(model: Model, config: Config, scheduler: Scheduler) -> CpuRu
         kv_type=_KV_TYPES[config.kv_dtype],
         sample_vocab=model.sample_vocab,
     )
-    runner = CpuRunner(model.files, model.spec, pool, limits)
-    seconds = max(time.monotonic() - begin, 1e-3)
-    size = model.files.total_bytes
-    log.info("loaded %s in %.1f s (%.2f GB/s)", gib(size), seconds, size / seconds * 1e-9)
-    return runner
+    return CpuRunner(model.files, model.spec, pool, limits)
 
 
 def engine_info(model: Model, config: Config) -> EngineInfo:

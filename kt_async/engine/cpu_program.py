@@ -77,6 +77,12 @@ class ProgramRecorder:
             Operation(structs.KT_OP_LINEAR, out, [x, residual], weights, in_place=[1])
         )
 
+    def linears(
+        self, x: Value, weights: Sequence[str], biases: Sequence[str | None] | None = None
+    ) -> list[Value]:
+        names = biases or [None] * len(weights)
+        return [self.linear(x, w, bias=b) for w, b in zip(weights, names, strict=True)]
+
     def attention(
         self,
         q: Value,

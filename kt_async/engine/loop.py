@@ -23,8 +23,6 @@ from kt_async.ffi.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-_PAGE = 4096
-
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
@@ -40,13 +38,6 @@ class Delivery:
     is_fatal: bool = False
 
 
-def aligned_block(num_bytes: int) -> npt.NDArray[np.uint8]:
-    """Zeroed, page-aligned memory for the step's metadata."""
-    raw = np.zeros(num_bytes + _PAGE, np.uint8)
-    start = -raw.ctypes.data % _PAGE
-    return raw[start : start + num_bytes]
-
-
 class EngineLoop:
     """Runs steps until stop() or a broken engine."""
 
@@ -56,7 +47,7 @@ class EngineLoop:
         self._scheduler = scheduler
         self._runner = runner
         self._deliver = deliver
-        self._block = aligned_block(scheduler.layout.num_bytes)
+        self._block = runner.make_block(scheduler.layout.num_bytes)
         self._samples = _sample_view(scheduler.layout, self._block)
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="kt-engine", daemon=True)

@@ -97,3 +97,93 @@ def plan_cpu_memory(
             f"value that fits is {left // (per_token * page_size) * page_size}"
         )
     return MemoryPlan(weight_bytes, kv_bytes, num_pages, _PROCESS_BYTES, available_bytes, reason)
+
+
+# Activations, graphs and library workspaces of a GPU engine at a chunk of 2048 tokens.
+_GPU_WORK_BYTES = 1536 << 20
+# Share of the GPU memory left after the weights that an automatic KV cache may take.
+_GPU_KV_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemoryPlan:
+    """What lies in VRAM. experts_in_vram: all routed experts, else none."""
+
+    dense_bytes: int
+    expert_bytes: int
+    kv_bytes: int
+    num_pages: int
+    work_bytes: int
+    budget_bytes: int
+    experts_in_vram: bool
+    kv_reason: str
+
+    def describe(self) -> str:
+        """One line for the start-up log."""
+        experts = gib(self.expert_bytes)
+        place = f"experts {experts}" if self.experts_in_vram else f"experts on the CPU ({experts})"
+        needed = self.dense_bytes + self.kv_bytes + self.work_bytes
+        needed += self.expert_bytes if self.experts_in_vram else 0
+        return (
+            f"GPU memory: dense weights {gib(self.dense_bytes)}, {place}, KV cache "
+            f"{gib(self.kv_bytes)} ({self.kv_reason}), work {gib(self.work_bytes)}; needs "
+            f"{gib(needed)} of {gib(self.budget_bytes)}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KvWish:
+    """What the KV cache should hold; cache_lens None = choose."""
+
+    page_size: int
+    max_model_len: int
+    max_batch_size: int
+    cache_lens: int | None
+
+
+def plan_gpu_memory(
+    spec: ModelSpec,
+    kv: KvWish,
+    *,
+    dense_bytes: int,
+    expert_bytes: int,
+    budget: int,
+    expert_mem: str,
+) -> GpuMemoryPlan:
+    """Divide a GPU: dense weights first, then one sequence's KV, experts if all fit, more KV.
+
+    budget: bytes that may be used. expert_mem: auto, all or none. Experts on the CPU keep two layers of staging room in VRAM for
+    long prompts. Raises ConfigError with the numbers.
+    """
+    per_page = kv_bytes_per_token(spec, structs.KT_KV_BF16) * kv.page_size
+    staging = 2 * expert_bytes // max(1, spec.num_layers - spec.num_dense_layers)
+    fewest = -(-min(kv.cache_lens or kv.max_model_len, _AUTO_KV_TOKENS) // kv.page_size) * per_page
+    fixed = dense_bytes + _GPU_WORK_BYTES
+    fits_all = fixed + staging + expert_bytes + fewest <= budget
+    in_vram = expert_mem == "all" or (expert_mem == "auto" and fits_all)
+    work = _GPU_WORK_BYTES + staging
+    left = budget - dense_bytes - work - (expert_bytes if in_vram else 0)
+    if left < per_page:
+        experts = f", experts {gib(expert_bytes)}" if in_vram else ""
+        raise ConfigError(
+            f"the GPU has {gib(budget)} to use, but dense weights take {gib(dense_bytes)}"
+            f"{experts} and work memory {gib(work)}; raise --gpu_memory_utilization, use "
+            "--gpu_expert_mem none or --device cpu"
+        )
+    if kv.cache_lens is not None:
+        tokens, reason = kv.cache_lens, f"{kv.cache_lens} tokens from --cache_lens"
+    else:
+        wanted = min(kv.max_batch_size * kv.max_model_len, max(_AUTO_KV_TOKENS, kv.max_model_len))
+        tokens = max(
+            kv.page_size, min(wanted, int(left * _GPU_KV_SHARE) // per_page * kv.page_size)
+        )
+        reason = f"{tokens} tokens chosen for {kv.max_batch_size} rows and the free GPU memory"
+    num_pages = max(1, -(-tokens // kv.page_size))
+    if num_pages * per_page > left:
+        raise ConfigError(
+            f"--cache_lens {tokens} needs {gib(num_pages * per_page)} of GPU memory, but "
+            f"{gib(left)} is left; the largest value that fits is {left // per_page * kv.page_size}"
+        )
+    return GpuMemoryPlan(
+        dense_bytes, expert_bytes, num_pages * per_page, num_pages, work, budget, in_vram, reason
+    )

@@ -20,6 +20,8 @@ from kt_async.model.spec import ModelSpec
 from kt_async.weights.loader import load_weights
 from kt_async.weights.source import ModelFiles
 
+_PAGE = 4096
+
 
 @dataclass(slots=True)
 class StepResult:
@@ -35,6 +37,9 @@ class Runner(Protocol):
     """Executes steps. [engine]"""
 
     result: StepResult
+
+    def make_block(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Memory for the scheduler's step block, where this runner wants to read it."""
 
     def run(
         self, plan: structs.Plan, layout: structs.BlockLayout, block: npt.NDArray[np.uint8]
@@ -77,6 +82,13 @@ class CpuLimits:
     num_pages: int
     kv_type: int  # KT_KV_x
     sample_vocab: int
+
+
+def aligned_block(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Zeroed, page-aligned memory for the step's metadata."""
+    raw = np.zeros(num_bytes + _PAGE, np.uint8)
+    start = -raw.ctypes.data % _PAGE
+    return raw[start : start + num_bytes]
 
 
 class CpuRunner:
@@ -129,6 +141,9 @@ class CpuRunner:
         self.logits_buffer: int = logits.buffer
         self._model.finish(logits.buffer)
         self.result, self._out = sample_arrays(limits.max_samples)
+
+    def make_block(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        return aligned_block(num_bytes)
 
     def run(
         self, plan: structs.Plan, layout: structs.BlockLayout, block: npt.NDArray[np.uint8]

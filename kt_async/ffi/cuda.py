@@ -11,11 +11,27 @@ import hashlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kt_async.errors import EngineError
 
+# A ctypes number, pointer or structure: typeshed has no public name for their common base.
+KernelArgument = Any
+
 _SOURCES = ("linear.cu", "step.cu", "sample.cu")
 _OPTIONS = ("--std=c++17", "-default-device")
+
+
+def count_gpus() -> int:
+    """GPUs that the driver offers this process; 0 without a driver. Does not import torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
 
 
 def source_dir() -> Path:
@@ -123,9 +139,7 @@ class Kernels:
         grid: tuple[int, int],
         block: int,
         stream: int,
-        arguments: Sequence[
-            ctypes._SimpleCData[int] | ctypes._SimpleCData[float] | ctypes.Structure
-        ],
+        arguments: Sequence[KernelArgument],
         shared_bytes: int = 0,
     ) -> None:
         """arguments: ctypes values or structures in the kernel's order."""

@@ -43,6 +43,9 @@ KT_OP_ADD = 7
 KT_OP_GATE_ADD = 8
 KT_OP_GATHER = 9
 KT_MAX_LOGPROBS = 20
+KT_EXPERTS_GATE = 0
+KT_EXPERTS_UP = 1
+KT_EXPERTS_DOWN = 2
 KT_SCHED_FCFS = 0
 KT_SCHED_FCFS_SINGLE_PREFILL = 1
 KT_SCHED_PREFIX_CACHE = 1
@@ -266,6 +269,60 @@ class ModelStats(ctypes.Structure):
         ("attention_ns", ctypes.c_int64),
         ("linear_ns", ctypes.c_int64),
         ("sample_ns", ctypes.c_int64),
+    )
+
+
+class PackedPart(ctypes.Structure):
+    """Mirror of kt_packed_part."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("type", ctypes.c_int32),
+        ("num_experts", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("cols", ctypes.c_int32),
+        ("num_bands", ctypes.c_int32),
+        ("first_band", ctypes.c_int32),
+        ("num_parts", ctypes.c_int32),
+        ("band_bytes", ctypes.c_int64),
+        ("expert_bytes", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+    )
+
+
+class HandoffConfig(ctypes.Structure):
+    """Mirror of kt_handoff_config."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("num_layers", ctypes.c_int32),
+        ("max_tokens", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("x", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("request", ctypes.c_void_p),
+        ("done", ctypes.c_void_p),
+    )
+
+
+class GpuStep(ctypes.Structure):
+    """Mirror of kt_gpu_step."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("num_tokens", ctypes.c_int32),
+        ("stream", ctypes.c_void_p),
+        ("graph_exec", ctypes.c_void_p),
+        ("block_device", ctypes.c_void_p),
+        ("block_host", ctypes.c_void_p),
+        ("block_bytes", ctypes.c_int64),
+        ("results_host", ctypes.c_void_p),
+        ("results_device", ctypes.c_void_p),
+        ("results_bytes", ctypes.c_int64),
+        ("timeout_ns", ctypes.c_int64),
+        ("expert_ns", ctypes.c_int64),
     )
 
 

@@ -7,6 +7,7 @@ captures it. Weights are named as in the GGUF file. `Value` is whatever the engi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -57,6 +58,11 @@ class Ops(Protocol[Value]):
         self, x: Value, weight: str, *, bias: str | None = None, residual: Value | None = None
     ) -> Value:
         """x @ W^T (+ bias) (+ residual): [T, N]."""
+
+    def linears(
+        self, x: Value, weights: Sequence[str], biases: Sequence[str | None] | None = None
+    ) -> list[Value]:
+        """Up to three linear layers of one input, which a GPU runs in one launch."""
 
     def attention(
         self,

@@ -25,14 +25,9 @@ def forward(ops: Ops[Value], spec: ModelSpec) -> Value:
 def _attention(ops: Ops[Value], spec: ModelSpec, layer: int, x: Value) -> Value:
     name = f"blk.{layer}."
     h = ops.rms_norm(x, f"{name}attn_norm.weight", spec.rms_eps)
-    q, k, v = (
-        ops.linear(
-            h,
-            f"{name}attn_{part}.weight",
-            bias=f"{name}attn_{part}.bias" if spec.qkv_bias else None,
-        )
-        for part in ("q", "k", "v")
-    )
+    parts = [f"{name}attn_{part}" for part in ("q", "k", "v")]
+    biases = [f"{part}.bias" for part in parts] if spec.qkv_bias else None
+    q, k, v = ops.linears(h, [f"{part}.weight" for part in parts], biases)
     shape = AttentionShape(
         layer=layer,
         num_heads=spec.num_heads,

@@ -289,54 +289,203 @@ KT_MULTIPLY(8)
 KT_MULTIPLY(12)
 KT_MULTIPLY(16)
 
-// h[pair, I] = silu(gate x) * (up x) for the (token, expert) pairs of a step.
-// grid = (bands of gate, pairs); expert_of[pair] < 0 means: somebody else computes this pair.
-extern "C" __global__ void __launch_bounds__(kThreads)
-    experts_gate_up(Matrix gate, Matrix up, Acts x, const int* expert_of, int top_k, float* h) {
-  __shared__ float part[2][kHalfWarps][1][17];
-  const int pair = blockIdx.y, expert = expert_of[pair], token = pair / top_k;
-  if (expert < 0) {
-    return;
+// The (token, expert) pairs of a step by expert, built by group_pairs.
+struct Groups {
+  int* active;  // [E] experts that have pairs, ascending; [E] holds their number
+  int* start;   // [E + 1] pairs of expert e: order[start[e]] .. order[start[e + 1] - 1]
+  int* order;   // [T * K] pair numbers
+};
+
+// One block of 1024 threads. expert_of < 0: somebody else computes the pair.
+extern "C" __global__ void __launch_bounds__(1024)
+    group_pairs(const int* expert_of, int pairs, int experts, Groups g) {
+  __shared__ int count[1024], first[1025];
+  const int t = threadIdx.x;
+  count[t] = 0;
+  __syncthreads();
+  for (int i = t; i < pairs; i += 1024) {
+    if (expert_of[i] >= 0) {
+      atomicAdd(&count[expert_of[i]], 1);
+    }
   }
-  const int half_warp = threadIdx.x >> 4, r = threadIdx.x & 15;
-  float g = 0.0f, u = 0.0f;
-  const i64 at = (i64)blockIdx.x;
-  dot_any<1>(gate.type, gate.data + expert * gate.expert_bytes + at * gate.band_bytes, gate.cols, x,
-             &token, half_warp, r, &g);
-  dot_any<1>(up.type, up.data + expert * up.expert_bytes + at * up.band_bytes, up.cols, x, &token,
-             half_warp, r, &u);
-  g = reduce_band<1>(part[0], &g);
-  u = reduce_band<1>(part[1], &u);
-  const int row = blockIdx.x * 16 + r;
-  if (half_warp == 0 && row < gate.rows) {
-    h[(i64)pair * gate.rows + row] = g / (1.0f + __expf(-g)) * u;
+  __syncthreads();
+  // Both prefix sums at once: pairs before an expert in the low half, active experts in the high.
+  const int mine = count[t] + (count[t] > 0 ? 1 << 20 : 0);
+  int sum = mine;
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) {
+    const int left = __shfl_up_sync(~0u, sum, step);
+    if ((t & 31) >= step) {
+      sum += left;
+    }
+  }
+  __shared__ int warp_sum_of[32];
+  if ((t & 31) == 31) {
+    warp_sum_of[t >> 5] = sum;
+  }
+  __syncthreads();
+  for (int w = 0; w < (t >> 5); ++w) {
+    sum += warp_sum_of[w];
+  }
+  first[t + 1] = sum & 0xfffff;
+  if (t == 0) {
+    first[0] = 0;
+  }
+  if (t < experts && count[t] > 0) {
+    g.active[(sum >> 20) - 1] = t;
+  }
+  if (t == experts - 1) {
+    g.active[experts] = sum >> 20;
+  }
+  __syncthreads();
+  for (int e = t; e <= experts; e += 1024) {
+    g.start[e] = first[e];
+  }
+  // In pair order within an expert, so that nothing depends on scheduling: each expert's thread
+  // walks the pairs. Few pairs make this cheaper than a stable parallel sort.
+  if (t < experts && count[t] > 0) {
+    int at = first[t];
+    for (int i = 0; i < pairs; ++i) {
+      if (expert_of[i] == t) {
+        g.order[at++] = i;
+      }
+    }
   }
 }
 
-// out[t, H] = residual + sum over k of weight[t, k] * (down h[t, k]); grid = (bands of down, T).
-extern "C" __global__ void __launch_bounds__(kThreads)
-    experts_down(Matrix down, Acts h, const int* expert_of, const float* weight, int top_k,
-                 const float* residual, float* out) {
-  __shared__ float part[kHalfWarps][1][17];
-  const int token = blockIdx.y, half_warp = threadIdx.x >> 4, r = threadIdx.x & 15;
-  float total = 0.0f;
-  for (int k = 0; k < top_k; ++k) {
-    const int pair = token * top_k + k, expert = expert_of[pair];
-    if (expert < 0) {
-      continue;
-    }
-    float acc = 0.0f;
-    dot_any<1>(down.type, down.data + expert * down.expert_bytes + blockIdx.x * down.band_bytes,
-               down.cols, h, &pair, half_warp, r, &acc);
-    total += weight[pair] * acc;
+// kGroupRows: pairs of one expert computed per pass over its weights; 1 for steps of one token,
+// whose experts all differ and which need the registers for loads in flight.
+constexpr int kManyRows = 2;
+
+// rows of x for up to kGroupRows pairs, padded with the first.
+template <int kGroupRows>
+__device__ __forceinline__ int group_rows(const Groups& g, int at, int end, int divisor,
+                                          int* rows) {
+  const int m = min(kGroupRows, end - at);
+#pragma unroll
+  for (int i = 0; i < kGroupRows; ++i) {
+    rows[i] = g.order[at + (i < m ? i : 0)] / divisor;
   }
-  const float sum = reduce_band<1>(part, &total);
-  const int row = blockIdx.x * 16 + r;
-  if (half_warp != 0 || row >= down.rows) {
+  return m;
+}
+
+// acc = dot products of m <= kGroupRows rows.
+template <int kGroupRows>
+__device__ __forceinline__ void dot_group(int m, const Matrix& w, int expert, int band,
+                                          const Acts& x, const int* rows, float* acc) {
+  const u8* data = w.data + expert * w.expert_bytes + band * w.band_bytes;
+  const int half_warp = threadIdx.x >> 4, r = threadIdx.x & 15;
+  if (kGroupRows > 1 && m > 1) {
+    dot_any<kGroupRows>(w.type, data, w.cols, x, rows, half_warp, r, acc);
+  } else {
+    dot_any<1>(w.type, data, w.cols, x, rows, half_warp, r, acc);
+  }
+}
+
+// h[pair, I] = silu(gate x) * (up x); grid = (bands of gate, most active experts).
+template <int kGroupRows>
+__device__ __forceinline__ void gate_up(const Matrix& gate, const Matrix& up, const Acts& x,
+                                        const Groups& g, int experts, int top_k, float* h) {
+  __shared__ float part[2][kHalfWarps][kGroupRows][17];
+  if (blockIdx.y >= g.active[experts]) {
     return;
   }
-  const i64 at = (i64)token * down.rows + row;
-  out[at] = sum + (residual != nullptr ? residual[at] : 0.0f);
+  const int expert = g.active[blockIdx.y], end = g.start[expert + 1];
+  for (int at = g.start[expert]; at < end; at += kGroupRows) {
+    int rows[kGroupRows];
+    const int m = group_rows<kGroupRows>(g, at, end, top_k, rows);
+    float a[kGroupRows] = {}, b[kGroupRows] = {};
+    dot_group<kGroupRows>(m, gate, expert, blockIdx.x, x, rows, a);
+    dot_group<kGroupRows>(m, up, expert, blockIdx.x, x, rows, b);
+    const float gated = reduce_band<kGroupRows>(part[0], a);
+    const float value = reduce_band<kGroupRows>(part[1], b);
+    const int i = threadIdx.x >> 4, row = blockIdx.x * 16 + (threadIdx.x & 15);
+    if (i < m && row < gate.rows) {
+      h[(i64)g.order[at + i] * gate.rows + row] = gated / (1.0f + __expf(-gated)) * value;
+    }
+    __syncthreads();
+  }
+}
+
+// y[pair, H] = down h[pair]; grid = (bands of down, most active experts).
+template <int kGroupRows>
+__device__ __forceinline__ void down_rows(const Matrix& down, const Acts& h, const Groups& g,
+                                          int experts, float* y) {
+  __shared__ float part[kHalfWarps][kGroupRows][17];
+  if (blockIdx.y >= g.active[experts]) {
+    return;
+  }
+  const int expert = g.active[blockIdx.y], end = g.start[expert + 1];
+  for (int at = g.start[expert]; at < end; at += kGroupRows) {
+    int rows[kGroupRows];
+    const int m = group_rows<kGroupRows>(g, at, end, 1, rows);
+    float acc[kGroupRows] = {};
+    dot_group<kGroupRows>(m, down, expert, blockIdx.x, h, rows, acc);
+    const float sum = reduce_band<kGroupRows>(part, acc);
+    const int i = threadIdx.x >> 4, row = blockIdx.x * 16 + (threadIdx.x & 15);
+    if (i < m && row < down.rows) {
+      y[(i64)rows[i] * down.rows + row] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 4)
+    experts_gate_up_1(Matrix gate, Matrix up, Acts x, Groups g, int experts, int top_k, float* h) {
+  gate_up<1>(gate, up, x, g, experts, top_k, h);
+}
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
+    experts_gate_up_2(Matrix gate, Matrix up, Acts x, Groups g, int experts, int top_k, float* h) {
+  gate_up<kManyRows>(gate, up, x, g, experts, top_k, h);
+}
+extern "C" __global__ void __launch_bounds__(kThreads, 4)
+    experts_down_1(Matrix down, Acts h, Groups g, int experts, float* y) {
+  down_rows<1>(down, h, g, experts, y);
+}
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
+    experts_down_2(Matrix down, Acts h, Groups g, int experts, float* y) {
+  down_rows<kManyRows>(down, h, g, experts, y);
+}
+
+// out[t] = residual[t] + sum over k of weight[t, k] * y[t * top_k + k], k in order; grid = (T, n).
+extern "C" __global__ void experts_sum(const float* y, const int* expert_of, const float* weight,
+                                       int top_k, int cols, const float* residual, float* out) {
+  const i64 token = blockIdx.x;
+  for (int c = blockIdx.y * blockDim.x + threadIdx.x; c < cols; c += gridDim.y * blockDim.x) {
+    float sum = 0.0f;
+    for (int k = 0; k < top_k; ++k) {
+      const i64 pair = token * top_k + k;
+      if (expert_of[pair] >= 0) {
+        sum += weight[pair] * y[pair * cols + c];
+      }
+    }
+    out[token * cols + c] = residual[token * cols + c] + sum;
+  }
+}
+
+// logits[t, e] = x[t] . w[e] in f32, the same additions whatever the number of rows; one warp per
+// (expert, token). Rows of w: f32 row-major (routers are small and stay exact).
+extern "C" __global__ void router_logits(const float* x, const float* w, int cols, int experts,
+                                         float* logits) {
+  const int e = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
+  if (e >= experts) {
+    return;
+  }
+  const float4* a = reinterpret_cast<const float4*>(x + (i64)blockIdx.y * cols);
+  const float4* b = reinterpret_cast<const float4*>(w + (i64)e * cols);
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int i = lane; i < cols / 4; i += 32) {
+    const float4 p = a[i], q = b[i];
+    sum += p.x * q.x + p.y * q.y + p.z * q.z + p.w * q.w;
+  }
+#pragma unroll
+  for (int s = 16; s > 0; s >>= 1) {
+    sum += __shfl_xor_sync(~0u, sum, s);
+  }
+  if (lane == 0) {
+    logits[(i64)blockIdx.y * experts + e] = sum;
+  }
 }
 
 __device__ __forceinline__ u32 bf16_pair(float low, float high) {

@@ -347,6 +347,94 @@ KT_API int32_t kt_bench_read(kt_pool* pool, int64_t num_bytes, int32_t passes,
  * f32 (kind 2) instruction; KT_ERR_UNSUPPORTED when the ISA has none. */
 KT_API int32_t kt_bench_peak(kt_pool* pool, int32_t kind, double* macs_per_second);
 
+/* ---- experts of all layers on the CPU, for engines whose other parts run elsewhere ---- */
+
+typedef struct kt_expert_set kt_expert_set;
+
+#define KT_EXPERTS_GATE 0
+#define KT_EXPERTS_UP 1
+#define KT_EXPERTS_DOWN 2
+
+/* One node's share of a packed tensor: bands [first_band, first_band + num_bands) of every expert. */
+typedef struct kt_packed_part {
+  uint32_t struct_size;
+  int32_t type;
+  int32_t num_experts;
+  int32_t rows;       /* of the whole tensor */
+  int32_t cols;
+  int32_t num_bands;  /* of this part */
+  int32_t first_band;
+  int32_t num_parts;  /* how many parts the tensor has */
+  int64_t band_bytes;
+  int64_t expert_bytes; /* num_bands * band_bytes: distance between experts inside the part */
+  const void* data;     /* owned by the set; immutable */
+} kt_packed_part;
+
+/* [setup] max_tokens: most rows of one run. The pool must outlive the set. */
+KT_API int32_t kt_expert_set_create(kt_pool* pool, int32_t max_tokens, int32_t top_k,
+                                    kt_expert_set** out);
+KT_API int32_t kt_expert_set_destroy(kt_expert_set* set); /* [setup] */
+/* [setup] Packs a layer's matrices; layers are numbered in the order they are added. */
+KT_API int32_t kt_expert_set_add(kt_expert_set* set, const kt_tensor* gate, const kt_tensor* up,
+                                 const kt_tensor* down);
+/* [setup] Allocates the working memory; afterwards the set can run. */
+KT_API int32_t kt_expert_set_finish(kt_expert_set* set);
+/* [any] which: KT_EXPERTS_x. */
+KT_API int32_t kt_expert_set_part(const kt_expert_set* set, int32_t layer, int32_t which,
+                                  int32_t part, kt_packed_part* out);
+/* [engine] out f32 [T, H] = sum over k of weights[t, k] * expert ids[t, k] of x f32 [T, H]. An id
+ * of -1 is skipped (somebody else computes it). */
+KT_API int32_t kt_expert_set_run(kt_expert_set* set, int32_t layer, int32_t num_tokens,
+                                 const float* x, const int32_t* ids, const float* weights,
+                                 float* out);
+
+/* [any] The packed form of a matrix, as one part. */
+KT_API int32_t kt_matrix_part(const kt_matrix* matrix, kt_packed_part* out);
+
+/* ---- decode steps on a GPU whose routed experts run on the CPU ---- */
+
+typedef struct kt_handoff kt_handoff;
+
+/* Pinned buffers shared with the graph's signal and wait kernels; borrowed until destroy. */
+typedef struct kt_handoff_config {
+  uint32_t struct_size;
+  int32_t num_layers;
+  int32_t max_tokens;
+  int32_t reserved;
+  const float* x;          /* [max_tokens, H] */
+  const int32_t* ids;      /* [max_tokens, K] */
+  const float* weights;    /* [max_tokens, K] */
+  float* out;              /* [max_tokens, H] */
+  uint32_t* request;       /* [num_layers, 16]: word 0 of a line is the layer's flag */
+  uint32_t* done;          /* [num_layers, 16] */
+} kt_handoff_config;
+
+/* What one step does on a stream, in this order: copy the block to the device, launch the graph,
+ * copy the results back. */
+typedef struct kt_gpu_step {
+  uint32_t struct_size;
+  int32_t num_tokens; /* rows of the graph; 0 = no experts on the CPU */
+  void* stream;       /* cudaStream_t */
+  void* graph_exec;   /* cudaGraphExec_t */
+  void* block_device;
+  const void* block_host; /* pinned */
+  int64_t block_bytes;
+  void* results_host; /* pinned */
+  const void* results_device;
+  int64_t results_bytes;
+  int64_t timeout_ns; /* longest wait for one layer's request */
+  int64_t expert_ns;  /* out: time spent in the experts */
+} kt_gpu_step;
+
+/* [setup] set may be NULL: steps then have no CPU part. KT_ERR_UNSUPPORTED without a CUDA runtime
+ * in the process. */
+KT_API int32_t kt_handoff_create(const kt_handoff_config* config, kt_expert_set* set,
+                                 kt_handoff** out);
+KT_API int32_t kt_handoff_destroy(kt_handoff* handoff); /* [setup] */
+/* [engine] Runs one step and waits for it. KT_ERR_INTERNAL when CUDA fails or the time limit
+ * passes: the GPU's state is then unknown. */
+KT_API int32_t kt_handoff_run(kt_handoff* handoff, kt_gpu_step* step);
+
 /* ---- scheduler: continuous batching over paged KV; no clock, no threads, no I/O ---- */
 
 typedef struct kt_sched kt_sched;

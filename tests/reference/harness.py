@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kt_async.engine.loop import aligned_block
 from kt_async.engine.runner import CpuLimits, CpuRunner
 from kt_async.engine.types import GenerationRequest, SamplingParams
 from kt_async.ffi import structs
 from kt_async.ffi.pool import Pool
 from kt_async.ffi.scheduler import Scheduler
-from kt_async.model.spec import spec_from_gguf
-from kt_async.weights.source import open_model
+from kt_async.model.spec import ModelSpec, spec_from_gguf
+from kt_async.weights.source import ModelFiles, open_model
+
+MakeRunner = Callable[[ModelFiles, ModelSpec, Pool, structs.BlockLayout, CpuLimits], Any]
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -35,6 +37,7 @@ class DirectEngine:
         num_threads: int = 0,
         num_pages: int | None = None,
         page_size: int = 32,
+        make_runner: MakeRunner | None = None,
     ) -> None:
         self.files = open_model(path)
         self.spec = spec_from_gguf(self.files)
@@ -65,8 +68,12 @@ class DirectEngine:
             kv_type=kv_type,
             sample_vocab=self.spec.vocab_size,
         )
-        self.runner = CpuRunner(self.files, self.spec, pool, limits, show_progress=False)
-        self.block = aligned_block(self.scheduler.layout.num_bytes)
+        self.runner: Any
+        if make_runner is None:
+            self.runner = CpuRunner(self.files, self.spec, pool, limits, show_progress=False)
+        else:
+            self.runner = make_runner(self.files, self.spec, pool, self.scheduler.layout, limits)
+        self.block = self.runner.make_block(self.scheduler.layout.num_bytes)
         self._now = 0
         self._next_id = 1
 

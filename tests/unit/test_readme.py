@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BEGIN, END = "<!-- flags: begin -->\n", "<!-- flags: end -->"
 # Settings that only a GPU engine reads.
-GPU_ONLY = {"use_cuda_graph"}
+GPU_ONLY: set[str] = set()
 
 
 def blocks(language: str) -> list[str]:

@@ -145,7 +145,9 @@ void group_pairs(const int32_t* ids, const float* weights, int32_t num_tokens, i
   const int32_t pairs = num_tokens * top_k;
   std::memset(g.start, 0, (static_cast<size_t>(num_experts) + 1) * sizeof(int32_t));
   for (int32_t i = 0; i < pairs; ++i) {
-    ++g.start[ids[i]];
+    if (ids[i] >= 0) {
+      ++g.start[ids[i]];  // below 0: somebody else computes this pair
+    }
   }
   // start[e] becomes the end of expert e, then counts down to its beginning while pairs are placed.
   g.num_active = 0;
@@ -159,6 +161,9 @@ void group_pairs(const int32_t* ids, const float* weights, int32_t num_tokens, i
   }
   g.start[num_experts] = end;
   for (int32_t i = pairs - 1; i >= 0; --i) {
+    if (ids[i] < 0) {
+      continue;
+    }
     const int32_t at = --g.start[ids[i]];
     g.tokens[at] = i / top_k;
     g.weights[at] = weights[i];

@@ -69,7 +69,7 @@ struct ExpertJob {
   TailCounter* tails = nullptr;  // [2 * parts]: phase 1, then phase 2
 };
 
-// ids, weights: [T, K].
+// ids, weights: [T, K]; pairs with a negative id are left out.
 void group_pairs(const int32_t* ids, const float* weights, int32_t num_tokens, int32_t top_k,
                  int32_t num_experts, Grouping& grouping);
 void run_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker);

@@ -1,0 +1,166 @@
+"""Time the GPU engine without HTTP: decode at several batch sizes, prefill, start-up.
+
+    python bench/gpu.py /data/q3.gguf --experts cpu --clients 1 4 8 16 --prompts 512 2048
+
+Prints one line per measurement with the bound that the experts' bytes set (CPU experts: read
+bandwidth measured in the same run) and appends nothing: pipe it where it should go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `kt_async`, when run as a script
+
+from kt_async.engine.cuda_build import CudaOptions, load_cuda_runner
+from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
+from kt_async.engine.types import GenerationRequest, SamplingParams
+from kt_async.ffi import structs
+from kt_async.ffi.pool import Pool
+from kt_async.ffi.scheduler import Scheduler
+from kt_async.model.spec import ModelSpec, spec_from_gguf
+from kt_async.weights.source import ModelFiles, open_model
+
+_PROMPT = 64
+_PAGE = 32
+
+
+class Engine:
+    """Scheduler and runner, stepped by hand."""
+
+    def __init__(self, files: ModelFiles, spec: ModelSpec, pool: Pool, args: Any) -> None:
+        pages = args.cache_tokens // _PAGE
+        self.scheduler = Scheduler(
+            structs.sized(
+                structs.SchedConfig,
+                max_batch_size=max(args.clients),
+                chunk_size=args.chunk_size,
+                page_size=_PAGE,
+                num_pages=pages,
+                max_len=min(spec.max_context, args.cache_tokens),
+                max_queue=64,
+                max_samples=max(args.clients) + 8,
+                watermark_pages=-1,
+            )
+        )
+        limits = CudaLimits(_PAGE, pages, spec.vocab_size, pages)
+        options = CudaOptions(
+            args.experts == "vram", show_progress=False, stream_rows=args.stream_rows
+        )
+        layout = self.scheduler.layout
+        self.runner: CudaRunner = load_cuda_runner(files, spec, pool, layout, limits, options)
+        self.block = self.runner.block.array
+        self.next_id = 1
+
+    def submit(self, prompt: list[int], tokens: int) -> None:
+        request = GenerationRequest("bench", prompt, tokens, SamplingParams(temperature=0.0))
+        assert self.scheduler.submit(self.next_id, request, time.monotonic_ns())
+        self.next_id += 1
+
+    def step(self) -> tuple[float, int, int]:
+        """(seconds, tokens in the step, rows); zeros when idle."""
+        begin = time.monotonic_ns()
+        if not self.scheduler.plan(begin, self.block.ctypes.data):
+            return 0.0, 0, 0
+        plan = self.scheduler.plan_struct
+        self.runner.run(plan, self.scheduler.layout, self.block)
+        self.scheduler.commit(
+            time.monotonic_ns(), self.runner.result.tokens.ctypes.data, plan.num_samples
+        )
+        self.scheduler.drain()
+        return (time.monotonic_ns() - begin) * 1e-9, plan.num_tokens, plan.num_rows
+
+    def drain(self) -> list[tuple[float, int, int]]:
+        steps = []
+        while (step := self.step())[1]:
+            steps.append(step)
+        return steps
+
+
+def prompt(length: int, vocab: int, seed: int) -> list[int]:
+    """Random ids."""
+    return np.random.default_rng(seed).integers(0, vocab, length).tolist()
+
+
+def measure_decode(engine: Engine, spec: ModelSpec, clients: int, tokens: int) -> float:
+    """Tokens per second of all clients, from the median decode step."""
+    for i in range(clients):
+        engine.submit(prompt(_PROMPT, spec.vocab_size, engine.next_id * 31 + i), tokens)
+    before = engine.runner.stats()
+    steps = [s for s in engine.drain() if s[1] == s[2] == clients]
+    after = engine.runner.stats()
+    median = statistics.median(s[0] for s in steps)
+    p99 = sorted(s[0] for s in steps)[int(len(steps) * 0.99)]
+    expert_ms = (after["expert_ns"] - before["expert_ns"]) / max(1, len(steps)) * 1e-6
+    print(
+        f"decode {clients:2d} clients: {clients / median:8.1f} tokens/s, step {median * 1e3:6.2f} ms "
+        f"(p99 {p99 * 1e3:.2f}), CPU experts {expert_ms:.2f} ms",
+        flush=True,
+    )
+    return clients / median
+
+
+def profile_decode(engine: Engine, spec: ModelSpec, clients: int) -> None:
+    """Mean time and count per kernel over some decode steps."""
+    from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415 - only here
+
+    for i in range(clients):
+        engine.submit(prompt(_PROMPT, spec.vocab_size, engine.next_id * 17 + i), 12)
+    engine.step()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        engine.drain()
+    print(recorded.key_averages().table(sort_by="cuda_time_total", row_limit=24))
+
+
+def measure_prefill(engine: Engine, spec: ModelSpec, length: int) -> None:
+    """Tokens per second and time to the first token; the second of two runs."""
+    for attempt in range(2):
+        engine.submit(prompt(length, spec.vocab_size, 1000 + attempt + length), 1)
+        seconds = sum(s[0] for s in engine.drain())
+    print(
+        f"prefill {length:5d} tokens: {length / seconds:8.0f} tokens/s, first token after "
+        f"{seconds:.3f} s",
+        flush=True,
+    )
+
+
+def main() -> int:
+    """Exit code 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("gguf", type=Path)
+    parser.add_argument("--experts", choices=("cpu", "vram"), default="cpu")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--chunk_size", type=int, default=2048)
+    parser.add_argument("--stream_rows", type=int, default=96)
+    parser.add_argument("--profile", action="store_true", help="print time by GPU kernel")
+    parser.add_argument("--cache_tokens", type=int, default=65536)
+    args = parser.parse_args()
+    begin = time.monotonic()
+    files = open_model(args.gguf)
+    spec = spec_from_gguf(files)
+    pool = Pool(num_threads=args.threads)
+    print(pool.describe())
+    print(f"read bandwidth {pool.read_bandwidth(1 << 31) * 1e-9:.1f} GB/s", flush=True)
+    engine = Engine(files, spec, pool, args)
+    print(f"ready after {time.monotonic() - begin:.1f} s", flush=True)
+    for clients in args.clients:
+        measure_decode(engine, spec, clients, args.tokens)
+        if args.profile:
+            profile_decode(engine, spec, clients)
+    for length in args.prompts:
+        measure_prefill(engine, spec, length)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""ctypes mirrors of the structs that the CUDA kernels take (native/cuda/*.cu)."""
+
+from __future__ import annotations
+
+import ctypes
+
+_I32 = ctypes.c_int32
+_I64 = ctypes.c_int64
+_F32 = ctypes.c_float
+_PTR = ctypes.c_void_p
+
+
+class MatrixArg(ctypes.Structure):
+    """struct Matrix of linear.cu."""
+
+    _fields_ = (
+        ("data", _PTR),
+        ("band_bytes", _I64),
+        ("expert_bytes", _I64),
+        ("type", _I32),
+        ("rows", _I32),
+        ("cols", _I32),
+        ("num_bands", _I32),
+    )
+
+
+class ActsArg(ctypes.Structure):
+    """struct Acts of linear.cu."""
+
+    _fields_ = (("q", _PTR), ("scale", _PTR), ("sum16", _PTR))
+
+
+class OutputsArg(ctypes.Structure):
+    """struct Outputs of linear.cu."""
+
+    _fields_ = (
+        ("w", MatrixArg * 3),
+        ("out", _PTR * 3),
+        ("bias", _PTR * 3),
+        ("residual", _PTR),
+    )
+
+
+class PreparedArg(ctypes.Structure):
+    """struct Prepared of step.cu."""
+
+    _fields_ = (("f32", _PTR), ("bf16", _PTR), ("q", _PTR), ("scale", _PTR), ("sum16", _PTR))
+
+
+class RopeArg(ctypes.Structure):
+    """struct Rope of step.cu."""
+
+    _fields_ = (
+        ("inverse_frequencies", _PTR),
+        ("q_norm", _PTR),
+        ("k_norm", _PTR),
+        ("eps", _F32),
+        ("multiplier", _F32),
+        ("q_heads", _I32),
+        ("kv_heads", _I32),
+        ("dim", _I32),
+        ("rotary_dims", _I32),
+        ("neox", _I32),
+    )
+
+
+class RoutingArg(ctypes.Structure):
+    """struct Routing of step.cu."""
+
+    _fields_ = (
+        ("experts", _I32),
+        ("top_k", _I32),
+        ("sigmoid", _I32),
+        ("renormalise", _I32),
+        ("groups", _I32),
+        ("groups_used", _I32),
+        ("sum_of_two", _I32),
+        ("scale", _F32),
+        ("selection_bias", _PTR),
+    )
+
+
+class GroupsArg(ctypes.Structure):
+    """struct Groups of linear.cu."""
+
+    _fields_ = (("active", _PTR), ("start", _PTR), ("order", _PTR))

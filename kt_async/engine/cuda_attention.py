@@ -1,0 +1,187 @@
+"""Paged attention for the GPU engine: flashinfer where it is installed, torch otherwise.
+
+A planner is told the step's shape on the host before the forward and returns the `attend` callable
+of `cuda_ops`. Page tables come from the scheduler's block: host views in pinned memory for
+planning, device views for the kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from kt_async.engine.cuda_values import Attend
+
+_WORKSPACE_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Shape of grouped-query attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepPages:
+    """Which pages the rows of a step use; int32. host: pinned CPU tensors, page_ids on the GPU."""
+
+    row_start: torch.Tensor  # [R + 1] host
+    page_start: torch.Tensor  # [R + 1] host
+    last_page_len: torch.Tensor  # [R] host
+    page_ids: torch.Tensor  # [sum] device
+
+
+class Planner(Protocol):
+    """Plans one kind of step outside of any graph."""
+
+    def plan(self, pages: StepPages) -> Attend: ...
+
+
+def make_decode_planner(
+    heads: Heads, page_size: int, rows: int, max_page_ids: int
+) -> FlashDecode | None:
+    """A graph-safe planner for exactly `rows` decode rows; None without flashinfer."""
+    flashinfer = import_flashinfer()
+    return (
+        None
+        if flashinfer is None
+        else FlashDecode(flashinfer, heads, page_size, rows, max_page_ids)
+    )
+
+
+def make_prefill_planner(heads: Heads, page_size: int) -> Planner:
+    """A planner for prefill and mixed steps, run eagerly."""
+    flashinfer = import_flashinfer()
+    if flashinfer is None:
+        return TorchAttention(page_size)
+    return FlashPrefill(flashinfer, heads, page_size)
+
+
+def import_flashinfer() -> Any:
+    """The module, or None where it is not installed."""
+    try:
+        import flashinfer  # noqa: PLC0415 - optional, and slow to import
+    except ImportError:
+        return None
+    return flashinfer
+
+
+class FlashDecode:
+    """flashinfer's batched decode with tensor cores; its buffers have fixed addresses."""
+
+    def __init__(
+        self, flashinfer: Any, heads: Heads, page_size: int, rows: int, max_page_ids: int
+    ) -> None:
+        def buffer(size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int32, device="cuda")
+
+        self._heads, self._page_size = heads, page_size
+        self._wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda"),
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=True,
+            paged_kv_indptr_buffer=buffer(rows + 1),
+            paged_kv_indices_buffer=buffer(max_page_ids),
+            paged_kv_last_page_len_buffer=buffer(rows),
+        )
+
+    def plan(self, pages: StepPages) -> Attend:
+        heads = self._heads
+        self._wrapper.plan(
+            pages.page_start,
+            pages.page_ids,
+            pages.last_page_len,
+            heads.num_heads,
+            heads.num_kv_heads,
+            heads.head_dim,
+            self._page_size,
+            q_data_type=torch.bfloat16,
+            kv_data_type=torch.bfloat16,
+            sm_scale=heads.scale,
+        )
+        return self._attend
+
+    def _attend(self, q: torch.Tensor, cache: torch.Tensor, scale: float) -> torch.Tensor:
+        del scale  # fixed by the plan
+        out: torch.Tensor = self._wrapper.run(q, cache)
+        return out
+
+
+class FlashPrefill:
+    """flashinfer's paged prefill; decode rows are prompts of one token."""
+
+    def __init__(self, flashinfer: Any, heads: Heads, page_size: int) -> None:
+        self._heads, self._page_size = heads, page_size
+        major, _ = torch.cuda.get_device_capability()
+        backend = "fa3" if major == 9 else "fa2"
+        workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+        self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            workspace, "NHD", backend=backend
+        )
+
+    def plan(self, pages: StepPages) -> Attend:
+        heads = self._heads
+        self._wrapper.plan(
+            pages.row_start,
+            pages.page_start,
+            pages.page_ids,
+            pages.last_page_len,
+            heads.num_heads,
+            heads.num_kv_heads,
+            heads.head_dim,
+            self._page_size,
+            causal=True,
+            sm_scale=heads.scale,
+            q_data_type=torch.bfloat16,
+            kv_data_type=torch.bfloat16,
+        )
+        return self._attend
+
+    def _attend(self, q: torch.Tensor, cache: torch.Tensor, scale: float) -> torch.Tensor:
+        del scale
+        out: torch.Tensor = self._wrapper.run(q, cache)
+        return out
+
+
+class TorchAttention:
+    """Row by row with torch's own attention: the fallback, and the reference in tests."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._pages: StepPages | None = None
+
+    def plan(self, pages: StepPages) -> Attend:
+        self._pages = pages
+        return self._attend
+
+    def _attend(self, q: torch.Tensor, cache: torch.Tensor, scale: float) -> torch.Tensor:
+        pages = self._pages
+        assert pages is not None
+        out = torch.empty_like(q)
+        starts, page_starts = pages.row_start.tolist(), pages.page_start.tolist()
+        for row, used in enumerate(pages.last_page_len.tolist()):
+            first, last = starts[row], starts[row + 1]
+            ids = pages.page_ids[page_starts[row] : page_starts[row + 1]].long()
+            length = (len(ids) - 1) * self._page_size + used
+            kv = cache[ids].transpose(0, 1).reshape(2, -1, cache.shape[3], cache.shape[4])
+            k, v = (side[:length].transpose(0, 1).unsqueeze(0) for side in kv)
+            tokens = last - first
+            position = torch.arange(length - tokens, length, device=q.device).unsqueeze(1)
+            mask = torch.arange(length, device=q.device).unsqueeze(0) <= position
+            result = torch.nn.functional.scaled_dot_product_attention(
+                q[first:last].transpose(0, 1).unsqueeze(0),
+                k,
+                v,
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=True,
+            )
+            out[first:last] = result[0].transpose(0, 1)
+        return out

@@ -1,0 +1,73 @@
+"""The step's metadata block on host and device, and typed views of both."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kt_async.engine.cuda_attention import StepPages
+from kt_async.ffi import structs
+
+SAMPLE_DTYPE = np.dtype(structs.SampleParams)
+
+
+class Block:
+    """The step block on host (pinned) and device, and typed views of both."""
+
+    def __init__(self, layout: structs.BlockLayout) -> None:
+        self.layout = layout
+        self.host = torch.zeros(layout.num_bytes, dtype=torch.uint8, pin_memory=True)
+        self.device = torch.zeros(layout.num_bytes, dtype=torch.uint8, device="cuda")
+        self.array: npt.NDArray[np.uint8] = self.host.numpy()
+        self.samples = self.array[
+            layout.samples : layout.samples + layout.max_samples * SAMPLE_DTYPE.itemsize
+        ].view(SAMPLE_DTYPE)
+
+    def host_ints(self, name: str, count: int) -> torch.Tensor:
+        """int32 view of an array of the pinned block."""
+        start = getattr(self.layout, name)
+        return self.host[start : start + 4 * count].view(torch.int32)
+
+    def ints(self, name: str, count: int) -> torch.Tensor:
+        """The same on the device."""
+        start = getattr(self.layout, name)
+        return self.device[start : start + 4 * count].view(torch.int32)
+
+    def address(self, name: str) -> int:
+        """Device address of an array."""
+        return int(self.device.data_ptr()) + int(getattr(self.layout, name))
+
+    def decode_pages(self, rows: int, num_page_ids: int) -> StepPages:
+        """Host views for planning a decode step of `rows` rows."""
+        return StepPages(
+            row_start=self.host_ints("row_start", rows + 1),
+            page_start=self.host_ints("page_start", rows + 1),
+            last_page_len=self.host_ints("last_page_len", rows),
+            page_ids=self.host_ints("page_ids", num_page_ids),
+        )
+
+    def fill_idle(
+        self, first: int, rows: int, scratch: int, page_size: int, page_ids: int = 0
+    ) -> int:
+        """Make rows [first, rows) attend one position of the scratch page and sample greedily.
+
+        page_ids: how many are in use before; returns how many are after.
+        """
+        idle = rows - first
+        if idle == 0:
+            return page_ids
+        for name in ("tokens", "positions"):
+            self.host_ints(name, rows)[first:] = 0
+        self.host_ints("kv_slot", rows)[first:] = scratch * page_size
+        self.host_ints("last_page_len", rows)[first:] = 1
+        starts = self.host_ints("page_start", rows + 1)
+        starts[first : rows + 1] = torch.arange(page_ids, page_ids + idle + 1, dtype=torch.int32)
+        self.host_ints("page_ids", page_ids + idle)[page_ids:] = scratch
+        params = self.samples[first:rows]
+        params[:] = np.zeros(1, SAMPLE_DTYPE)
+        params["target"] = -1
+        params["num_logprobs"] = -1
+        params["mask_row"] = -1
+        params["token_index"] = np.arange(first, rows)
+        return page_ids + idle

@@ -1,0 +1,247 @@
+"""Load a model onto the GPU: dense weights and, as configured, experts in VRAM or on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from kt_async.engine.cpu_program import ProgramRecorder, tensor_matrix
+from kt_async.engine.cuda_args import MatrixArg
+from kt_async.engine.cuda_experts import VramExperts
+from kt_async.engine.cuda_offload import HandoffBuffers, HandoffExperts, StreamedExperts
+from kt_async.engine.cuda_ops import CudaOps
+from kt_async.engine.cuda_runner import CudaLimits, CudaRunner, moe_names
+from kt_async.engine.cuda_values import (
+    FloatMatrix,
+    PackedMatrix,
+    RoutedExperts,
+    Weight,
+)
+from kt_async.ffi import structs
+from kt_async.ffi.cuda import Kernels, compile_kernels, kernel_source
+from kt_async.ffi.handoff import ExpertSet, Handoff, MatrixShape, PackedPart, packed_matrix
+from kt_async.ffi.matrix import Matrix, dequantize
+from kt_async.ffi.pool import Pool
+from kt_async.model import FORWARDS
+from kt_async.model.spec import ModelSpec
+from kt_async.weights.source import ModelFiles
+
+log = logging.getLogger(__name__)
+
+# Types whose R16 bands the CUDA kernels read (linear.cu); the others become bf16 in VRAM.
+KERNEL_TYPES = frozenset({2, 3, 6, 7, 8, 12, 13, 14, 20, 23, 39})
+_FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+_HANDOFF_LIMIT_TICKS = 20_000_000_000  # about ten seconds of clock64
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOptions:
+    """What decides how a model is spread between GPU and CPU."""
+
+    experts_in_vram: bool
+    use_graphs: bool = True
+    cache_dir: Path | None = None
+    show_progress: bool | None = None
+    # From so many rows on, experts on the CPU are copied for prefill: bench/gpu.py measured 0.31 s a
+    # chunk for copying all of Qwen3-30B-A3B Q4_K_M and 0.31 s on 16 AMX cores for 64 rows.
+    stream_rows: int = 96
+
+
+@dataclass(slots=True)
+class _Loader:
+    """Moves tensors to their places."""
+
+    files: ModelFiles
+    pool: Pool
+    weights: dict[str, Weight] = field(default_factory=dict)
+    shapes: dict[str, MatrixArg] = field(default_factory=dict)
+
+    def shape(self, name: str) -> MatrixShape:
+        info = self.files.tensors[name]
+        experts, rows, cols = tensor_matrix(info)
+        return MatrixShape(info.type, experts, rows, cols, info.num_bytes)
+
+    def vector(self, name: str) -> None:
+        info = self.files.tensors[name]
+        values = dequantize(info.type, self.files.data(name))
+        self.weights[name] = torch.from_numpy(values).cuda()
+
+    def matrix(self, name: str) -> None:
+        """A dense matrix, or all experts of a tensor, into VRAM."""
+        shape = self.shape(name)
+        data = self.files.data(name)
+        if shape.type in _FLOATS:
+            tensor = torch.from_numpy(data.copy()).view(_FLOATS[shape.type])
+            self.weights[name] = FloatMatrix(tensor.view(shape.rows, shape.cols).cuda())
+        elif shape.type in KERNEL_TYPES:
+            with Matrix(
+                self.pool, shape.type, data, shape.rows, shape.cols, shape.num_experts
+            ) as packed:
+                part = packed_matrix(packed.handle)
+                bytes_ = torch.from_numpy(part.data).cuda().view(-1)
+            self.weights[name] = PackedMatrix(
+                bytes_, matrix_arg(part, bytes_.data_ptr()), shape.num_experts
+            )
+        else:
+            values = torch.from_numpy(dequantize(shape.type, data)).to(torch.bfloat16)
+            self.weights[name] = FloatMatrix(values.view(shape.rows, shape.cols).cuda())
+        self.files.release(name)
+
+
+def matrix_arg(part: PackedPart, address: int) -> MatrixArg:
+    """The kernels' description of a whole tensor from one of its parts."""
+    bands = -(-part.rows // 16)
+    return MatrixArg(
+        address, part.band_bytes, bands * part.band_bytes, part.type, part.rows, part.cols, bands
+    )
+
+
+def load_cuda_runner(
+    files: ModelFiles,
+    spec: ModelSpec,
+    pool: Pool,
+    layout: structs.BlockLayout,
+    limits: CudaLimits,
+    options: CudaOptions,
+) -> CudaRunner:
+    """Load everything and capture the graphs. Raises EngineError, NativeError."""
+    loader = _Loader(files, pool)
+    recorder = ProgramRecorder(files)
+    FORWARDS[spec.architecture](recorder, spec)
+    names = moe_names(spec)
+    expert_tensors = {name for layer in names for name in layer}
+    uses = [u for u in recorder.weight_uses() if u[0] in files.tensors]
+    cpu_experts = (
+        None if options.experts_in_vram else ExpertSet(pool, layout.max_tokens, spec.top_k)
+    )
+    _load_tensors(loader, uses, expert_tensors, cpu_experts, names, options)
+    types = {files.tensors[name].type for name, _ in uses} & KERNEL_TYPES
+    kernels = Kernels(_compile(types, options.cache_dir))
+    cache_shape = (limits.num_pages + 1, 2, limits.page_size, spec.num_kv_heads, spec.head_dim)
+    caches = [
+        torch.zeros(cache_shape, dtype=torch.bfloat16, device="cuda")
+        for _ in range(spec.num_layers)
+    ]
+    decode, prefill, handoff = _expert_backends(loader, spec, layout, cpu_experts, names)
+    if isinstance(prefill, StreamedExperts):
+        prefill.copy_cost_rows = options.stream_rows
+    ops = CudaOps(kernels, loader.weights, caches, limits.page_size, prefill)
+    return CudaRunner(
+        ops,
+        spec,
+        layout,
+        limits,
+        decode_experts=decode,
+        prefill_experts=prefill,
+        handoff=handoff,
+        use_graphs=options.use_graphs,
+    )
+
+
+def _load_tensors(
+    loader: _Loader,
+    uses: list[tuple[str, int]],
+    expert_tensors: set[str],
+    cpu_experts: ExpertSet | None,
+    names: list[tuple[str, str, str]],
+    options: CudaOptions,
+) -> None:
+    files = loader.files
+    total = sum(files.tensors[name].num_bytes for name, _ in uses)
+    hide = not sys.stderr.isatty() if options.show_progress is None else not options.show_progress
+    begin = time.monotonic()
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=hide) as bar:
+        for name, kind in uses:
+            if name in expert_tensors and cpu_experts is not None:
+                continue
+            if kind == structs.KT_WEIGHT_VECTOR:
+                loader.vector(name)
+            else:
+                loader.matrix(name)
+            bar.update(files.tensors[name].num_bytes)
+        for layer in names if cpu_experts is not None else []:
+            shapes = [loader.shape(name) for name in layer]
+            tensors = [s.tensor(files.address(n)) for s, n in zip(shapes, layer, strict=True)]
+            assert cpu_experts is not None
+            cpu_experts.add_layer(*tensors)
+            for name in layer:
+                files.release(name)
+                bar.update(files.tensors[name].num_bytes)
+    if cpu_experts is not None:
+        cpu_experts.finish()
+        for number, layer in enumerate(names):
+            for which, name in enumerate(layer):
+                part = cpu_experts.parts(number, which)[0]
+                loader.shapes[name] = matrix_arg(part, 0)
+    seconds = time.monotonic() - begin
+    log.info("loaded %.2f GB in %.1f s", total * 1e-9, seconds)
+
+
+def _expert_backends(
+    loader: _Loader,
+    spec: ModelSpec,
+    layout: structs.BlockLayout,
+    cpu_experts: ExpertSet | None,
+    names: list[tuple[str, str, str]],
+) -> tuple[RoutedExperts, RoutedExperts, Handoff]:
+    if cpu_experts is None:
+        packed = {n: w for n, w in loader.weights.items() if isinstance(w, PackedMatrix)}
+        vram = VramExperts(packed)
+        return vram, vram, Handoff(structs.sized(structs.HandoffConfig), None)
+    rows = layout.max_rows
+    buffers = HandoffBuffers.allocate(len(names), rows, spec.hidden_size, spec.top_k)
+    config = structs.sized(
+        structs.HandoffConfig,
+        num_layers=len(names),
+        max_tokens=rows,
+        x=buffers.x.data_ptr(),
+        ids=buffers.ids.data_ptr(),
+        weights=buffers.weights.data_ptr(),
+        out=buffers.out.data_ptr(),
+        request=buffers.request.data_ptr(),
+        done=buffers.done.data_ptr(),
+    )
+    layer_of = {layer[0]: number for number, layer in enumerate(names)}
+    decode = HandoffExperts(buffers, layer_of, _HANDOFF_LIMIT_TICKS)
+    layer_bytes = max(
+        sum(-(-spec.num_experts * loader.shapes[name].expert_bytes // 256) * 256 for name in layer)
+        for layer in names
+    )
+    pin_experts(cpu_experts, len(names))
+    prefill = StreamedExperts(
+        cpu=cpu_experts,
+        layer_of=layer_of,
+        shapes=loader.shapes,
+        num_experts=spec.num_experts,
+        copy_cost_rows=0,
+        stream=torch.cuda.Stream(),
+        buffers=[torch.empty(layer_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)],
+    )
+    return decode, prefill, Handoff(config, cpu_experts)
+
+
+def pin_experts(experts: ExpertSet, num_layers: int) -> None:
+    """Register the packed experts with CUDA, so that copies run at the bus's full rate."""
+    runtime = torch.cuda.cudart()
+    begin = time.monotonic()
+    for layer in range(num_layers):
+        for which in range(3):
+            for part in experts.parts(layer, which):
+                address, size = part.data.ctypes.data, part.data.nbytes
+                status = runtime.cudaHostRegister(address, size, 0)
+                if int(status) != 0:
+                    log.warning("experts cannot be pinned (%s): long prompts copy slower", status)
+                    return
+    log.info("pinned the experts in %.1f s", time.monotonic() - begin)
+
+
+def _compile(types: set[int], cache_dir: Path | None) -> bytes:
+    major, minor = torch.cuda.get_device_capability()
+    suffix = "a" if major >= 9 else ""
+    return compile_kernels(kernel_source(sorted(types)), f"sm_{major}{minor}{suffix}", cache_dir)

@@ -1,0 +1,213 @@
+"""Routed experts that lie in host memory: handed to the CPU in decode graphs, copied for prefill.
+
+Both classes implement cuda_values.RoutedExperts; the runner picks one per step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from kt_async.engine.cuda_args import MatrixArg
+from kt_async.engine.cuda_experts import Names, grouped_multiply
+from kt_async.engine.cuda_ops import CudaOps
+from kt_async.engine.cuda_values import PackedMatrix, Rows
+from kt_async.ffi.handoff import ExpertSet
+
+_I32 = ctypes.c_int32
+_I64 = ctypes.c_int64
+_PTR = ctypes.c_void_p
+_SIGNAL_BLOCKS = 4
+_BLOCK = 256
+
+
+@dataclass(slots=True)
+class HandoffBuffers:
+    """Pinned memory between the graph and the CPU; one set serves all layers, which run in turn.
+
+    request and done hold one flag per layer, 64 bytes apart. Protocol: native/src/device/handoff.h.
+    """
+
+    x: torch.Tensor  # f32 [rows, H]
+    ids: torch.Tensor  # int32 [rows, K]
+    weights: torch.Tensor  # f32 [rows, K]
+    out: torch.Tensor  # f32 [rows, H]
+    request: torch.Tensor  # int32 [layers, 16]
+    done: torch.Tensor  # int32 [layers, 16]
+    counters: torch.Tensor  # device int32 [layers, 2]: blocks that arrived, blocks that left
+    error: torch.Tensor  # pinned int32 [1]: 2 = the CPU failed, 3 = it did not answer
+
+    @staticmethod
+    def allocate(layers: int, rows: int, hidden: int, top_k: int) -> HandoffBuffers:
+        def pinned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+        return HandoffBuffers(
+            x=pinned(rows, hidden, dtype=torch.float32),
+            ids=pinned(rows, top_k, dtype=torch.int32),
+            weights=pinned(rows, top_k, dtype=torch.float32),
+            out=pinned(rows, hidden, dtype=torch.float32),
+            request=pinned(layers, 16, dtype=torch.int32),
+            done=pinned(layers, 16, dtype=torch.int32),
+            counters=torch.zeros((layers, 2), dtype=torch.int32, device="cuda"),
+            error=pinned(1, dtype=torch.int32),
+        )
+
+
+@dataclass(slots=True)
+class HandoffExperts:
+    """The CPU computes the experts while the graph waits: signal kernel, wait kernel."""
+
+    buffers: HandoffBuffers
+    layer_of: Mapping[str, int]  # gate tensor name -> MoE layer index
+    limit_ticks: int  # of clock64, after which a silent CPU is an error
+
+    def __call__(
+        self,
+        ops: CudaOps,
+        x: Rows,
+        residual: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        names: Names,
+    ) -> torch.Tensor:
+        assert x.f32 is not None
+        layer, b = self.layer_of[names[0]], self.buffers
+        num_x = x.count * x.width
+        blocks = min(_SIGNAL_BLOCKS, -(-num_x // (4 * _BLOCK)))
+        ops.launch(
+            "handoff_signal",
+            (blocks, 1),
+            [
+                _PTR(x.f32.data_ptr()),
+                _PTR(ids.data_ptr()),
+                _PTR(weights.data_ptr()),
+                _I32(num_x),
+                _I32(ids.numel()),
+                _PTR(b.x.data_ptr()),
+                _PTR(b.ids.data_ptr()),
+                _PTR(b.weights.data_ptr()),
+                _PTR(b.request[layer].data_ptr()),
+                _PTR(b.counters[layer].data_ptr()),
+            ],
+        )
+        out = torch.empty_like(residual)
+        ops.launch(
+            "handoff_wait",
+            (blocks, 1),
+            [
+                _PTR(b.out.data_ptr()),
+                _PTR(residual.data_ptr()),
+                _I32(num_x),
+                _PTR(b.done[layer].data_ptr()),
+                _PTR(b.counters[layer, 1:].data_ptr()),
+                _PTR(b.error.data_ptr()),
+                _I64(self.limit_ticks),
+                _PTR(out.data_ptr()),
+            ],
+        )
+        return out
+
+
+@dataclass(slots=True)
+class StreamedExperts:
+    """Experts of long chunks: copied over PCIe layer by layer, or left to the CPU when few rows.
+
+    Two device buffers alternate, so that the next layer's copy runs beside this layer's work.
+    copy_cost_rows: below this many rows the CPU computes the layer sooner than it can be copied.
+    """
+
+    cpu: ExpertSet
+    layer_of: Mapping[str, int]
+    shapes: Mapping[str, MatrixArg]  # tensor name -> type and shape, data unset
+    num_experts: int
+    copy_cost_rows: int
+    stream: torch.cuda.Stream
+    buffers: list[torch.Tensor] = field(default_factory=list)
+    _ready: dict[int, tuple[list[torch.Tensor], torch.cuda.Event]] = field(default_factory=dict)
+    _free: list[torch.cuda.Event | None] = field(default_factory=lambda: [None, None])
+    _names: list[Names] = field(default_factory=list)
+    _streams: bool = False
+    _host: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+
+    def begin_step(self, rows: int, names: list[Names]) -> None:
+        """Called before a forward: forgets copies of the last step and starts the first one."""
+        self._ready.clear()
+        self._names = names
+        self._streams = rows >= self.copy_cost_rows
+        if self._streams:
+            self._start_copy(0)
+
+    def __call__(
+        self,
+        ops: CudaOps,
+        x: Rows,
+        residual: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        names: Names,
+    ) -> torch.Tensor:
+        layer = self.layer_of[names[0]]
+        if not self._streams:
+            return residual + self._on_cpu(layer, x, ids, weights)
+        tensors, copied = self._ready.pop(layer)
+        if layer + 1 < len(self._names):
+            self._start_copy(layer + 1)
+        torch.cuda.current_stream().wait_event(copied)
+        matrices = tuple(
+            self._matrix(name, data) for name, data in zip(names, tensors, strict=True)
+        )
+        out = grouped_multiply(ops, x, residual, ids, weights, matrices)  # type: ignore[arg-type]
+        used = torch.cuda.Event()
+        used.record()
+        self._free[layer % 2] = used
+        return out
+
+    def _on_cpu(
+        self, layer: int, x: Rows, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        assert x.f32 is not None
+        host_x = x.f32.cpu().numpy()
+        out = np.empty_like(host_x)
+        self.cpu.run(layer, host_x, ids.cpu().numpy(), weights.cpu().numpy(), out)
+        return torch.from_numpy(out).cuda()
+
+    def _start_copy(self, layer: int) -> None:
+        buffer = self.buffers[layer % 2]
+        with torch.cuda.stream(self.stream):
+            free = self._free[layer % 2]
+            if free is not None:
+                self.stream.wait_event(free)
+            tensors, at = [], 0
+            for which, name in enumerate(self._names[layer]):
+                arg = self.shapes[name]
+                size = self.num_experts * arg.expert_bytes
+                target = buffer[at : at + size]
+                self._copy_parts(layer, which, target.view(self.num_experts, -1), arg.band_bytes)
+                tensors.append(target)
+                at += -(-size // 256) * 256
+            copied = torch.cuda.Event()
+            copied.record(self.stream)
+        self._ready[layer] = tensors, copied
+
+    def _copy_parts(self, layer: int, which: int, target: torch.Tensor, band_bytes: int) -> None:
+        for part, source in zip(
+            self.cpu.parts(layer, which), self._sources(layer, which), strict=True
+        ):
+            first = part.first_band * band_bytes
+            target[:, first : first + source.shape[1]].copy_(source, non_blocking=True)
+
+    def _sources(self, layer: int, which: int) -> list[torch.Tensor]:
+        key = layer, which
+        if key not in self._host:
+            self._host[key] = [torch.from_numpy(p.data) for p in self.cpu.parts(layer, which)]
+        return self._host[key]
+
+    def _matrix(self, name: str, data: torch.Tensor) -> PackedMatrix:
+        arg = MatrixArg.from_buffer_copy(self.shapes[name])
+        arg.data = data.data_ptr()
+        return PackedMatrix(data, arg, self.num_experts)

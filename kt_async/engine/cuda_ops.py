@@ -1,0 +1,421 @@
+"""Ops on the GPU: our kernels over packed weights, flashinfer attention, torch for the rest.
+
+Everything is launched on torch's current stream with no host synchronisation, so that the same
+code runs eagerly and under CUDA-graph capture. Hidden states are f32; up to 16 rows multiply
+quantised weights with int8 activations, more rows dequantise to bf16 and use tensor cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kt_async.engine.cpu_program import rope_frequencies
+from kt_async.engine.cuda_args import ActsArg, OutputsArg, RopeArg, RoutingArg
+from kt_async.engine.cuda_values import (
+    FloatMatrix,
+    PackedMatrix,
+    RoutedExperts,
+    Rows,
+    StepTensors,
+    Weight,
+    acts_arg,
+    address,
+    prepared_arg,
+)
+from kt_async.ffi.cuda import KernelArgument, Kernels
+from kt_async.model.ops import AttentionShape, Routing
+
+MAX_GEMV_ROWS = 16
+_GEMV_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # kernels that exist
+_THREADS = 256
+_WARP = 32
+_MAX_GROUP = 3  # matrices of one launch
+_ROUTER_THREADS = 128
+
+_I32 = ctypes.c_int32
+_I64 = ctypes.c_int64
+_F32 = ctypes.c_float
+_PTR = ctypes.c_void_p
+
+
+@dataclass(slots=True)
+class CudaOps:
+    """Implements model.ops.Ops eagerly. step is set before each forward."""
+
+    kernels: Kernels
+    weights: Mapping[str, Weight]
+    caches: list[torch.Tensor]  # per layer bf16 [P, 2, page, KH, D]
+    page_size: int
+    experts_backend: RoutedExperts
+    step: StepTensors | None = None
+    _frequencies: dict[int, tuple[torch.Tensor, float]] = field(default_factory=dict)
+
+    def has(self, weight: str) -> bool:
+        return weight in self.weights
+
+    # ---- Ops
+
+    def embed(self, table: str) -> Rows:
+        step = self._step()
+        weight = self.weights[table]
+        if isinstance(weight, FloatMatrix):
+            ids = torch.where(
+                step.tokens >= 0, step.tokens, step.sampled[(-1 - step.tokens).clamp(min=0).long()]
+            )
+            x = weight.data[ids.long()].float()
+            return Rows(x, x.shape[1])
+        assert isinstance(weight, PackedMatrix)
+        cols = weight.arg.cols
+        x = self._empty(len(step.tokens), cols)
+        self._launch(
+            "embed",
+            (len(step.tokens), 1),
+            64,
+            [
+                weight.arg,
+                _PTR(step.tokens.data_ptr()),
+                _PTR(step.sampled.data_ptr()),
+                _PTR(x.data_ptr()),
+            ],
+        )
+        return Rows(x, cols)
+
+    def rms_norm(self, x: Rows, weight: str, eps: float) -> Rows:
+        assert x.f32 is not None
+        rows = x.count
+        out = self._prepared(rows, x.width, f32=True)
+        vector = self._tensor(weight)
+        self._launch(
+            "rms_norm",
+            (rows, 1),
+            min(1024, max(_WARP, x.width // 2 // _WARP * _WARP)),
+            [
+                _PTR(x.f32.data_ptr()),
+                _PTR(vector.data_ptr()),
+                _F32(eps),
+                _I32(x.width),
+                prepared_arg(out),
+            ],
+        )
+        return out
+
+    def linear(
+        self, x: Rows, weight: str, *, bias: str | None = None, residual: Rows | None = None
+    ) -> Rows:
+        matrix = self.weights[weight]
+        bias_vector = None if bias is None else self._tensor(bias)
+        added = None if residual is None else residual.f32
+        if isinstance(matrix, PackedMatrix) and x.count <= MAX_GEMV_ROWS:
+            return self._gemv(x, [matrix], [bias_vector], added)[0]
+        dense = self._dense(matrix)
+        out = self._multiply_dense(x, dense)
+        if bias_vector is not None:
+            out += bias_vector
+        if added is not None:
+            out += added
+        return Rows(out, dense.shape[0])
+
+    def linears(
+        self, x: Rows, weights: Sequence[str], biases: Sequence[str | None] | None = None
+    ) -> list[Rows]:
+        names = biases or [None] * len(weights)
+        matrices = [self.weights[w] for w in weights]
+        packed = [m for m in matrices if isinstance(m, PackedMatrix)]
+        if x.count > MAX_GEMV_ROWS or len(packed) < len(matrices) or len(packed) > _MAX_GROUP:
+            return [self.linear(x, w, bias=b) for w, b in zip(weights, names, strict=True)]
+        vectors = [None if b is None else self._tensor(b) for b in names]
+        return self._gemv(x, packed, vectors, None)
+
+    def attention(
+        self,
+        q: Rows,
+        k: Rows,
+        v: Rows,
+        shape: AttentionShape,
+        *,
+        q_norm: str | None = None,
+        k_norm: str | None = None,
+    ) -> Rows:
+        step = self._step()
+        rows, d = q.count, shape.head_dim
+        frequencies, multiplier = self._rope(shape)
+        cache = self.caches[shape.layer]
+        q_out = torch.empty((rows, shape.num_heads, d), dtype=torch.bfloat16, device="cuda")
+        arg = RopeArg(
+            frequencies.data_ptr(),
+            self._vector(q_norm),
+            self._vector(k_norm),
+            shape.eps,
+            multiplier,
+            shape.num_heads,
+            shape.num_kv_heads,
+            d,
+            shape.rope.dim,
+            int(shape.rope.neox),
+        )
+        self._launch(
+            "attention_inputs",
+            (rows, shape.num_heads + 2 * shape.num_kv_heads),
+            _WARP,
+            [
+                _PTR(address(q.f32)),
+                _PTR(address(k.f32)),
+                _PTR(address(v.f32)),
+                _PTR(step.positions.data_ptr()),
+                _PTR(step.kv_slot.data_ptr()),
+                arg,
+                _I32(self.page_size),
+                _PTR(q_out.data_ptr()),
+                _PTR(cache.data_ptr()),
+            ],
+            4 * d,
+        )
+        out = step.attend(q_out, cache, shape.scale)
+        return Rows(None, q.width, bf16=out.view(rows, q.width))
+
+    def experts(
+        self,
+        x: Rows,
+        residual: Rows | None,
+        routing: Routing,
+        *,
+        router: str,
+        gate: str,
+        up: str,
+        down: str,
+        selection_bias: str | None = None,
+    ) -> Rows:
+        assert x.f32 is not None
+        logits = self._router_logits(x.f32, self._tensor(router).view(-1, x.width))
+        ids, weights = self.route(logits, routing, selection_bias)
+        base = residual.f32 if residual is not None else torch.zeros_like(x.f32)
+        assert base is not None
+        out = self.experts_backend(self, x, base, ids, weights, (gate, up, down))
+        return Rows(out, x.width)
+
+    def silu_mul(self, gate: Rows, up: Rows) -> Rows:
+        out = self._prepared(gate.count, gate.width, f32=True)
+        self._launch(
+            "silu_mul",
+            (gate.count, -(-gate.width // 1024)),
+            min(1024, gate.width),
+            [
+                _PTR(address(gate.f32)),
+                _PTR(address(up.f32)),
+                _I32(gate.width),
+                prepared_arg(out),
+            ],
+        )
+        return out
+
+    def add(self, a: Rows, b: Rows) -> Rows:
+        assert a.f32 is not None
+        assert b.f32 is not None
+        return Rows(a.f32 + b.f32, a.width)
+
+    def gate_add(self, residual: Rows, gate: Rows, x: Rows) -> Rows:
+        assert residual.f32 is not None
+        assert gate.f32 is not None
+        assert x.f32 is not None
+        return Rows(residual.f32 + torch.sigmoid(gate.f32[:, :1]) * x.f32, x.width)
+
+    def last_rows(self, x: Rows) -> Rows:
+        assert x.f32 is not None
+        return Rows(x.f32[self._step().logit_tokens], x.width)
+
+    # ---- pieces that expert backends use too
+
+    def route(
+        self, logits: torch.Tensor, routing: Routing, selection_bias: str | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids int32 [T, K] and weights f32 [T, K]."""
+        rows, experts = logits.shape
+        ids = torch.empty((rows, routing.top_k), dtype=torch.int32, device="cuda")
+        weights = self._empty(rows, routing.top_k)
+        arg = RoutingArg(
+            experts,
+            routing.top_k,
+            int(routing.scoring == "sigmoid"),
+            int(routing.norm_topk),
+            routing.groups,
+            routing.groups_used,
+            int(routing.group_sum_of_two),
+            routing.scale,
+            self._vector(selection_bias),
+        )
+        arguments = [
+            _PTR(logits.data_ptr()),
+            arg,
+            _PTR(ids.data_ptr()),
+            _PTR(weights.data_ptr()),
+        ]
+        shared = 4 * (2 * experts + max(routing.groups, 1))
+        self._launch("route", (rows, 1), _WARP, arguments, shared)
+        return ids, weights
+
+    def quantized(self, x: Rows) -> ActsArg:
+        """The int8 form of x, made when it is missing."""
+        if x.q is None:
+            made = self._prepared(x.count, x.width, f32=False, q=True)
+            self._prepare(x, made)
+            x.q, x.scale, x.sum16 = made.q, made.scale, made.sum16
+        return acts_arg(x)
+
+    def as_bf16(self, x: Rows) -> torch.Tensor:
+        """The bf16 form of x."""
+        if x.bf16 is None:
+            assert x.f32 is not None
+            x.bf16 = x.f32.to(torch.bfloat16)
+        return x.bf16
+
+    def dequantize(self, matrix: PackedMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
+        """bf16 [experts, rows, cols]."""
+        shape = (matrix.num_experts, matrix.arg.rows, matrix.arg.cols)
+        if out is None:
+            out = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        grid = (matrix.arg.num_bands, matrix.num_experts)
+        self._launch("dequantize", grid, _THREADS, [matrix.arg, _PTR(out.data_ptr())])
+        return out
+
+    # ---- internals
+
+    def _router_logits(self, x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+        """f32 [T, E]; few rows in our own kernel, whose sums do not depend on their number."""
+        if len(x) > MAX_GEMV_ROWS:
+            return torch.nn.functional.linear(x, router)
+        experts, cols = router.shape
+        logits = self._empty(len(x), experts)
+        arguments = [
+            _PTR(x.data_ptr()),
+            _PTR(router.data_ptr()),
+            _I32(cols),
+            _I32(experts),
+            _PTR(logits.data_ptr()),
+        ]
+        warps = _ROUTER_THREADS // _WARP
+        self._launch("router_logits", (-(-experts // warps), len(x)), _ROUTER_THREADS, arguments)
+        return logits
+
+    def _gemv(
+        self,
+        x: Rows,
+        matrices: Sequence[PackedMatrix],
+        biases: Sequence[torch.Tensor | None],
+        residual: torch.Tensor | None,
+    ) -> list[Rows]:
+        """Up to three matrices in one launch; residual is added to the first."""
+        rows = x.count
+        acts = self.quantized(x)
+        kernel_rows = next(n for n in _GEMV_ROWS if n >= rows)
+        if kernel_rows != rows:  # the kernel reads whole rows: room rather than a branch per row
+            acts = self._padded(x, kernel_rows)
+            if residual is not None:
+                residual = torch.nn.functional.pad(residual, (0, 0, 0, kernel_rows - rows))
+        arg = OutputsArg()
+        outs = [self._empty(kernel_rows, m.arg.rows) for m in matrices]
+        for i, (matrix, bias, out) in enumerate(zip(matrices, biases, outs, strict=True)):
+            arg.w[i] = matrix.arg
+            arg.out[i] = out.data_ptr()
+            arg.bias[i] = address(bias)
+        arg.residual = address(residual)
+        bands = sum(m.arg.num_bands for m in matrices)
+        self._launch(f"multiply_{kernel_rows}", (bands, 1), _THREADS, [arg, acts])
+        return [Rows(out[:rows], out.shape[1]) for out in outs]
+
+    def _padded(self, x: Rows, rows: int) -> ActsArg:
+        assert x.q is not None
+        assert x.scale is not None
+        assert x.sum16 is not None
+        if x.q.shape[0] < rows:
+            extra = rows - x.q.shape[0]
+            pad = torch.nn.functional.pad
+            x.q, x.scale, x.sum16 = (pad(t, (0, 0, 0, extra)) for t in (x.q, x.scale, x.sum16))
+        return acts_arg(x)
+
+    def _dense(self, matrix: Weight) -> torch.Tensor:
+        if isinstance(matrix, FloatMatrix):
+            return matrix.data
+        assert isinstance(matrix, PackedMatrix)
+        return self.dequantize(matrix)[0]
+
+    def _multiply_dense(self, x: Rows, dense: torch.Tensor) -> torch.Tensor:
+        """x @ dense^T as f32, in the weights' own precision."""
+        if dense.dtype == torch.float32:
+            source = x.f32 if x.f32 is not None else self.as_bf16(x).float()
+            return torch.nn.functional.linear(source, dense)
+        source = self.as_bf16(x).to(dense.dtype)
+        return torch.nn.functional.linear(source, dense).float()
+
+    def _prepared(self, rows: int, width: int, *, f32: bool, q: bool | None = None) -> Rows:
+        """Room for a value; the int8 form when few rows will want it."""
+        small = rows <= MAX_GEMV_ROWS if q is None else q
+        out = Rows(self._empty(rows, width) if f32 else None, width)
+        if small:
+            out.q = torch.empty((rows, width), dtype=torch.int8, device="cuda")
+            out.scale = self._empty(rows, width // 32)
+            out.sum16 = self._empty(rows, width // 16)
+        elif f32:
+            out.bf16 = torch.empty((rows, width), dtype=torch.bfloat16, device="cuda")
+        return out
+
+    def _prepare(self, x: Rows, out: Rows) -> None:
+        from_f32 = x.f32 is not None
+        self._launch(
+            "prepare",
+            (x.count, -(-x.width // 1024)),
+            min(1024, x.width),
+            [
+                _PTR(address(x.f32)),
+                _PTR(None if from_f32 else address(x.bf16)),
+                _I32(x.width),
+                prepared_arg(out),
+            ],
+        )
+
+    def _rope(self, shape: AttentionShape) -> tuple[torch.Tensor, float]:
+        found = self._frequencies.get(shape.rope.dim)
+        if found is None:
+            frequencies, multiplier = rope_frequencies(shape.rope)
+            found = torch.from_numpy(frequencies).cuda(), multiplier
+            self._frequencies[shape.rope.dim] = found
+        return found
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        vector = self.weights[name]
+        assert isinstance(vector, torch.Tensor)
+        return vector
+
+    def _vector(self, name: str | None) -> int | None:
+        return None if name is None else self._tensor(name).data_ptr()
+
+    def _step(self) -> StepTensors:
+        assert self.step is not None
+        return self.step
+
+    def _empty(self, rows: int, cols: int) -> torch.Tensor:
+        return torch.empty((rows, cols), dtype=torch.float32, device="cuda")
+
+    def _launch(
+        self,
+        name: str,
+        grid: tuple[int, int],
+        block: int,
+        arguments: Sequence[KernelArgument],
+        shared_bytes: int = 0,
+    ) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        self.kernels.launch(name, grid, block, stream, arguments, shared_bytes)
+
+    def launch(
+        self,
+        name: str,
+        grid: tuple[int, int],
+        arguments: Sequence[KernelArgument],
+        block: int = _THREADS,
+    ) -> None:
+        """For expert backends: a kernel on the current stream."""
+        self._launch(name, grid, block, arguments)

@@ -1,0 +1,105 @@
+"""Weights, activations and step metadata as the GPU engine holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from kt_async.engine.cuda_args import ActsArg, MatrixArg, PreparedArg
+
+if TYPE_CHECKING:
+    from kt_async.engine.cuda_ops import CudaOps
+
+
+@dataclass(slots=True)
+class PackedMatrix:
+    """Quantised weights in VRAM: R16 bands as the CPU packs them."""
+
+    data: torch.Tensor  # uint8
+    arg: MatrixArg
+    num_experts: int = 1
+
+
+@dataclass(slots=True)
+class FloatMatrix:
+    """F32, F16 or BF16 weights in VRAM, row-major [rows, cols]."""
+
+    data: torch.Tensor
+
+
+Weight = PackedMatrix | FloatMatrix | torch.Tensor  # a tensor is an f32 vector
+
+
+@dataclass(slots=True)
+class Rows:
+    """A [rows, width] value in the forms that somebody needed so far."""
+
+    f32: torch.Tensor | None
+    width: int
+    bf16: torch.Tensor | None = None
+    q: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    sum16: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        form = self.f32 if self.f32 is not None else self.bf16
+        assert form is not None
+        return int(form.shape[0])
+
+
+@dataclass(slots=True)
+class StepTensors:
+    """Device views of the step's metadata, and how this step attends."""
+
+    tokens: torch.Tensor  # int32 [T]
+    positions: torch.Tensor  # int32 [T]
+    kv_slot: torch.Tensor  # int32 [T]
+    logit_tokens: torch.Tensor  # int64 [S] indices into T
+    sampled: torch.Tensor  # int32 ids of the previous step's logit rows
+    attend: Attend
+
+
+class Attend(Protocol):
+    """Paged attention of one layer over pages that already hold this step's keys."""
+
+    def __call__(self, q: torch.Tensor, cache: torch.Tensor, scale: float) -> torch.Tensor:
+        """q bf16 [T, QH, D] -> bf16 [T, QH, D]."""
+
+
+class RoutedExperts(Protocol):
+    """Who computes the routed experts of a layer (VRAM, CPU, or both)."""
+
+    def __call__(
+        self,
+        ops: CudaOps,
+        x: Rows,
+        residual: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        names: tuple[str, str, str],
+    ) -> torch.Tensor:
+        """residual + sum of the experts' outputs, f32 [T, H]."""
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Device address; None stays None (a null pointer for the kernels)."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def acts_arg(rows: Rows) -> ActsArg:
+    """The int8 form of rows for the kernels."""
+    return ActsArg(address(rows.q), address(rows.scale), address(rows.sum16))
+
+
+def prepared_arg(rows: Rows) -> PreparedArg:
+    """Every form that rows has room for."""
+    return PreparedArg(
+        address(rows.f32),
+        address(rows.bf16),
+        address(rows.q),
+        address(rows.scale),
+        address(rows.sum16),
+    )

@@ -1,0 +1,29 @@
+// The few CUDA runtime calls that a decode step needs, found in the runtime that is already loaded
+// into the process (PyTorch's). No CUDA headers, no link-time dependency; a machine without CUDA
+// never comes here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kt {
+
+struct Cudart {
+  int (*memcpy_async)(void* dst, const void* src, size_t bytes, int kind, void* stream);
+  int (*graph_launch)(void* graph_exec, void* stream);
+  int (*stream_query)(void* stream);
+  int (*stream_synchronize)(void* stream);
+  const char* (*error_string)(int error);
+};
+
+inline constexpr int kHostToDevice = 1;
+inline constexpr int kDeviceToHost = 2;
+inline constexpr int kNotReady = 600;  // cudaErrorNotReady
+
+// Throws kt::Error (KT_ERR_UNSUPPORTED) when no CUDA runtime is loaded.
+const Cudart& cudart();
+
+// Throws kt::Error naming the call when status is not cudaSuccess.
+void check_cuda(int status, const char* call);
+
+}  // namespace kt

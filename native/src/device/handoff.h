@@ -1,0 +1,41 @@
+// One decode step on the GPU with its routed experts on the CPU.
+//
+// DESIGN
+//  The graph contains, per MoE layer, a signal kernel and a wait kernel (native/cuda/step.cu). All
+//  layers share one set of pinned buffers, because layer l + 1 is signalled only after layer l's
+//  result was taken; the flags are per layer, one cache line each.
+//    GPU: writes x, ids, weights; fence; request[l] = 1 (release, system scope)
+//    CPU: sees request[l] (acquire), clears it, computes, writes out; done[l] = 1 (release), or 2
+//         when it failed
+//    GPU: sees done[l] (acquire, or gives up after a time limit), adds out, clears done[l]
+//  Both flags are thus zero again when the step ends. The engine thread itself polls, as worker 0
+//  of the pool: no other thread has to be woken for the first layer, and nothing spins between
+//  steps.
+//  If the CPU gives up (time limit, failed stream), all layers still to come are answered with 2,
+//  so that the graph runs out instead of waiting for its own limit 48 times.
+#pragma once
+
+#include <cstdint>
+
+#include "experts/expert_set.h"
+#include "kt.h"
+
+namespace kt {
+
+class Handoff {
+ public:
+  // experts may be nullptr: steps then have no CPU part. Buffers are borrowed until destruction.
+  Handoff(const kt_handoff_config& config, ExpertSet* experts);
+  // [engine] Copies the block, launches the graph, serves the experts, copies the results, waits.
+  void run(kt_gpu_step& step);
+
+ private:
+  void serve(kt_gpu_step& step);
+  bool wait_for_request(int32_t layer, const kt_gpu_step& step, int64_t deadline_ns);
+  void release_all(int32_t first_layer);
+
+  kt_handoff_config config_;
+  ExpertSet* experts_;
+};
+
+}  // namespace kt

@@ -1,0 +1,145 @@
+"""The GPU engine against transformers, against the CPU engine and against itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+from kt_async.engine.cuda_build import CudaOptions, load_cuda_runner  # noqa: E402
+from kt_async.engine.cuda_runner import CudaLimits  # noqa: E402
+from kt_async.engine.runner import CpuLimits  # noqa: E402
+from kt_async.engine.types import SamplingParams  # noqa: E402
+from tests.reference.checkpoints import (  # noqa: E402
+    QWEN3,
+    exact_model,
+    hf_greedy,
+    hf_logprobs,
+    make_checkpoint,
+)
+from tests.reference.harness import DirectEngine, log_softmax, mean_kl  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+SPEC = replace(QWEN3, head_dim=128, v_head_dim=128, rope=replace(QWEN3.rope, dim=128))
+# bf16 keys, values and long-prompt products round at 2^-9; one row more than 8-bit activations.
+KL_LIMITS = {
+    "F32": 1e-3,
+    "BF16": 2e-3,
+    "Q8_0": 5e-3,
+    "Q4_0": 1e-2,
+    "Q4_K": 1e-2,
+    "Q5_K": 1e-2,
+    "Q6_K": 1e-2,
+    "IQ4_XS": 1e-2,
+}
+
+
+def runner(options: CudaOptions, *args: Any) -> Any:
+    files, spec, pool, layout, limits = args
+    assert isinstance(limits, CpuLimits)
+    cuda = CudaLimits(
+        page_size=limits.page_size,
+        num_pages=limits.num_pages,
+        sample_vocab=limits.sample_vocab,
+        max_page_ids=limits.num_pages,
+    )
+    return load_cuda_runner(files, spec, pool, layout, cuda, options)
+
+
+def engine(
+    path: Path, *, experts_in_vram: bool, use_graphs: bool = False, **kw: Any
+) -> DirectEngine:
+    options = CudaOptions(experts_in_vram, use_graphs, None, show_progress=False)
+    return DirectEngine(path, make_runner=partial(runner, options), **kw)
+
+
+def prompt(length: int, seed: int = 1) -> list[int]:
+    return np.random.default_rng(seed).integers(0, SPEC.vocab_size, length).tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gpu")
+
+
+def checkpoint(folder: Path, type_name: str) -> Path:
+    path = folder / f"{type_name}.gguf"
+    return path if path.exists() else make_checkpoint(path, type_name, SPEC)
+
+
+@pytest.mark.parametrize("chunk", [12, 256])
+@pytest.mark.parametrize("experts_in_vram", [True, False])
+@pytest.mark.parametrize("type_name", KL_LIMITS)
+def test_prompt_kl(folder: Path, type_name: str, experts_in_vram: bool, chunk: int) -> None:
+    if experts_in_vram and type_name in ("F32", "BF16"):
+        pytest.skip("float experts stay on the CPU")
+    path = checkpoint(folder, type_name)
+    made = engine(path, experts_in_vram=experts_in_vram, chunk_size=chunk)
+    try:
+        ours = log_softmax(made.prompt_logits(prompt(300)))
+    finally:
+        made.close()
+    kl = mean_kl(hf_logprobs(exact_model(path), prompt(300)), ours)
+    print(f"KL {type_name} vram={experts_in_vram} chunk={chunk}: {kl:.2e}")
+    assert kl <= KL_LIMITS[type_name]
+
+
+@pytest.mark.parametrize("experts_in_vram", [True, False])
+def test_graphs_give_the_text_of_the_cpu_engine(folder: Path, experts_in_vram: bool) -> None:
+    path = checkpoint(folder, "Q8_0")
+    prompts = [prompt(5 + 9 * i, seed=i) for i in range(5)]
+    made = engine(path, experts_in_vram=experts_in_vram, use_graphs=True, max_batch_size=5)
+    try:
+        ours = made.generate(prompts, 24)
+        assert made.runner.stats()["graph_steps"] > 0
+        again = made.generate(prompts, 24)
+    finally:
+        made.close()
+    assert again == ours
+    reference = DirectEngine(path, max_batch_size=5)
+    try:
+        expected = reference.generate(prompts, 24)
+    finally:
+        reference.close()
+    same = sum(
+        a == b for x, y in zip(ours, expected, strict=True) for a, b in zip(x, y, strict=True)
+    )
+    print(f"same tokens as the CPU engine: {same} of {5 * 24}")
+    assert [o[0] for o in ours] == [e[0] for e in expected]
+
+
+def test_f32_greedy_is_transformers(folder: Path) -> None:
+    path = checkpoint(folder, "F32")
+    made = engine(path, experts_in_vram=False, use_graphs=True, max_batch_size=2)
+    try:
+        ours = made.generate([prompt(20), prompt(33, 2)], 16)
+    finally:
+        made.close()
+    model = exact_model(path)
+    assert ours == [hf_greedy(model, prompt(20), 16), hf_greedy(model, prompt(33, 2), 16)]
+
+
+def test_seeded_sampling_repeats_and_respects_top_k(folder: Path) -> None:
+    path = checkpoint(folder, "Q8_0")
+    made = engine(path, experts_in_vram=True, use_graphs=True, max_batch_size=4)
+    try:
+        params = SamplingParams(temperature=1.5, top_k=5, seed=7, num_logprobs=5)
+        first = made.generate([prompt(9)] * 3, 20, params)
+        again = made.generate([prompt(9)] * 3, 20, params)
+        single = made.generate([prompt(9)], 20, replace(params, top_k=1))
+        greedy = made.generate([prompt(9)], 20)
+    finally:
+        made.close()
+    assert first[0] == first[1] == first[2]
+    assert again == first
+    assert single == greedy  # the likeliest token is all that top_k = 1 leaves
+    assert first != greedy
