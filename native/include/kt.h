@@ -355,16 +355,17 @@ typedef struct kt_expert_set kt_expert_set;
 #define KT_EXPERTS_UP 1
 #define KT_EXPERTS_DOWN 2
 
-/* One node's share of a packed tensor: bands [first_band, first_band + num_bands) of every expert. */
+/* One node's share of a packed tensor: bands [first_band, first_band + num_bands) of every expert.
+ */
 typedef struct kt_packed_part {
   uint32_t struct_size;
   int32_t type;
   int32_t num_experts;
-  int32_t rows;       /* of the whole tensor */
+  int32_t rows; /* of the whole tensor */
   int32_t cols;
-  int32_t num_bands;  /* of this part */
+  int32_t num_bands; /* of this part */
   int32_t first_band;
-  int32_t num_parts;  /* how many parts the tensor has */
+  int32_t num_parts; /* how many parts the tensor has */
   int64_t band_bytes;
   int64_t expert_bytes; /* num_bands * band_bytes: distance between experts inside the part */
   const void* data;     /* owned by the set; immutable */
@@ -401,12 +402,12 @@ typedef struct kt_handoff_config {
   int32_t num_layers;
   int32_t max_tokens;
   int32_t reserved;
-  const float* x;          /* [max_tokens, H] */
-  const int32_t* ids;      /* [max_tokens, K] */
-  const float* weights;    /* [max_tokens, K] */
-  float* out;              /* [max_tokens, H] */
-  uint32_t* request;       /* [num_layers, 16]: word 0 of a line is the layer's flag */
-  uint32_t* done;          /* [num_layers, 16] */
+  const float* x;       /* [max_tokens, H] */
+  const int32_t* ids;   /* [max_tokens, K] */
+  const float* weights; /* [max_tokens, K] */
+  float* out;           /* [max_tokens, H] */
+  uint32_t* request;    /* [num_layers, 16]: word 0 of a line is the layer's flag */
+  uint32_t* done;       /* [num_layers, 16] */
 } kt_handoff_config;
 
 /* What one step does on a stream, in this order: copy the block to the device, launch the graph,

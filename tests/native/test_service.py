@@ -5,10 +5,11 @@ import threading
 from collections.abc import AsyncIterator, Callable
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import pytest_asyncio
 
-from kt_async.engine.runner import StepResult, sample_arrays
+from kt_async.engine.runner import StepResult, aligned_block, sample_arrays
 from kt_async.engine.service import EngineService, LiveGeneration
 from kt_async.engine.types import EngineInfo, GenerationRequest, SamplingParams, StepOutput
 from kt_async.errors import NativeError, RequestError
@@ -31,6 +32,9 @@ class FakeRunner:
         self.steps = 0
         self.is_closed = False
         self._next = 100
+
+    def make_block(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        return aligned_block(num_bytes)
 
     def run(self, plan: structs.Plan, layout: structs.BlockLayout, block: object) -> None:
         assert self.gate.wait(10)
