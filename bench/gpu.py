@@ -86,7 +86,7 @@ class Engine:
 
 def prompt(length: int, vocab: int, seed: int) -> list[int]:
     """Random ids."""
-    return np.random.default_rng(seed).integers(0, vocab, length).tolist()
+    return [int(token) for token in np.random.default_rng(seed).integers(0, vocab, length)]
 
 
 def measure_decode(engine: Engine, spec: ModelSpec, clients: int, tokens: int) -> float:
@@ -121,6 +121,7 @@ def profile_decode(engine: Engine, spec: ModelSpec, clients: int) -> None:
 
 def measure_prefill(engine: Engine, spec: ModelSpec, length: int) -> None:
     """Tokens per second and time to the first token; the second of two runs."""
+    seconds = 0.0
     for attempt in range(2):
         engine.submit(prompt(length, spec.vocab_size, 1000 + attempt + length), 1)
         seconds = sum(s[0] for s in engine.drain())
