@@ -144,7 +144,7 @@ def _check_generation(config: Config) -> str:
 
 async def _generate(ready: Prepared) -> tuple[list[int], float]:
     """Greedy tokens through scheduler, runner and engine thread."""
-    scheduler = make_scheduler(ready.config)
+    scheduler = make_scheduler(ready.model.spec, ready.config)
     runner = load_runner(ready.model, ready.config, scheduler)
     service = EngineService(scheduler, runner, engine_info(ready.model, ready.config))
     service.start()

@@ -274,11 +274,11 @@ class Config:
     cpu_memory_size_GB: float = flag(  # noqa: N815 - the published name
         0.0,
         "placement",
-        "most RAM the KV cache may take",
+        "RAM for KV pages: with a GPU, the tier that evicted pages move to; else the whole cache",
         unit="GB",
-        low=0.001,
+        low=0,
         high=1e6,
-        auto="see cache_lens",
+        auto="with a GPU from the free memory, at most 16; else see cache_lens",
         published="500, taken whether there or not",
     )
     gpu_expert_mem: str = flag(

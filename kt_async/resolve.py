@@ -42,6 +42,7 @@ class KvSize:
     tokens: int
     num_bytes: int
     reason: str
+    host_bytes: int = 0  # RAM a GPU's cache may use as its second tier
 
 
 # Given a Config whose device, kv_dtype, page_size, max_batch_size and max_model_len are final
@@ -149,7 +150,11 @@ class _Resolver:
         """Size of the KV cache; a sequence cannot be longer than it, nor an answer than that."""
         size = size_kv(self.config())
         tokens, reason = size.tokens, f"{size.reason}; {gigabytes(size.num_bytes)}"
-        limit = self.raw.cpu_memory_size_GB * 1e9
+        on_gpu = self.config().device != "cpu"
+        if on_gpu and "cpu_memory_size_GB" not in self.raw.sources:
+            value = round(size.host_bytes * 1e-9, 3)
+            self.put("cpu_memory_size_GB", value, "a quarter of the memory that experts leave free")
+        limit = 0 if on_gpu else self.raw.cpu_memory_size_GB * 1e9
         if 0 < limit < size.num_bytes:
             tokens = int(tokens * limit / size.num_bytes)
             reason = f"--cpu_memory_size_GB {self.raw.cpu_memory_size_GB:g}"

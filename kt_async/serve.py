@@ -159,7 +159,7 @@ async def serve(raw: Config) -> None:
     config = ready.config
     for warning in config.warnings:
         log.warning("%s", warning)
-    scheduler = make_scheduler(config)
+    scheduler = make_scheduler(ready.model.spec, config)
     runner = load_runner(ready.model, config, scheduler)
     service = EngineService(scheduler, runner, engine_info(ready.model, config))
     app = make_app(service, ready.tokenizer, ready.template, api_settings(config))

@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from kt_async.config import Config
-from kt_async.engine.memory import GpuMemoryPlan, KvWish, gib, plan_cpu_memory, plan_gpu_memory
+from kt_async.engine.memory import (
+    GpuMemoryPlan,
+    KvWish,
+    gib,
+    kv_bytes_per_token,
+    plan_cpu_memory,
+    plan_gpu_memory,
+)
 from kt_async.engine.runner import CpuLimits, CpuRunner, Runner
 from kt_async.engine.types import EngineInfo
+from kt_async.errors import ConfigError
 from kt_async.ffi import structs
 from kt_async.ffi.host import HostInfo, isa_number
 from kt_async.ffi.pool import Pool
@@ -31,6 +39,8 @@ _POLICIES = {
     "FCFS": structs.KT_SCHED_FCFS,
     "FCFS-single-prefill": structs.KT_SCHED_FCFS_SINGLE_PREFILL,
 }
+# Most RAM that evicted KV pages of a GPU take without being asked to.
+_MOST_TIER_BYTES = 16_000_000_000
 # Logit rows beyond one per sequence: how many prompt positions of an echo request one step scores.
 _PROMPT_LOGIT_ROWS = 32
 
@@ -57,7 +67,9 @@ def size_kv(model: Model, host: HostInfo, config: Config) -> KvSize:
     if config.device != "cpu":
         gpu = _gpu_plan(model, config)
         log.info("%s", gpu.describe())
-        return KvSize(gpu.num_pages * config.page_size, gpu.kv_bytes, gpu.kv_reason)
+        left = host.available_bytes - (0 if gpu.experts_in_vram else gpu.expert_bytes)
+        tier = min(_MOST_TIER_BYTES, max(0, left // 4))
+        return KvSize(gpu.num_pages * config.page_size, gpu.kv_bytes, gpu.kv_reason, tier)
     plan = plan_cpu_memory(
         model.spec,
         weight_bytes=model.files.total_bytes,
@@ -75,9 +87,20 @@ def size_kv(model: Model, host: HostInfo, config: Config) -> KvSize:
 def _gpu_plan(model: Model, config: Config) -> GpuMemoryPlan:
     import torch  # noqa: PLC0415 - seconds to import, and only a GPU needs it
 
-    expert_bytes = sum(
-        info.num_bytes for name, info in model.files.tensors.items() if "_exps." in name
-    )
+    from kt_async.engine.cuda_build import KERNEL_TYPES  # noqa: PLC0415
+
+    experts = {n: info for n, info in model.files.tensors.items() if "_exps." in n}
+    expert_bytes = sum(info.num_bytes for info in experts.values())
+    expert_mem = config.gpu_expert_mem
+    unreadable = [n for n, info in experts.items() if info.type not in KERNEL_TYPES]
+    if unreadable and expert_mem == "all":
+        name = unreadable[0]
+        raise ConfigError(
+            f"--gpu_expert_mem all: tensor {name} has type {experts[name].type_name}, for which "
+            "there is no GPU kernel; use --gpu_expert_mem none"
+        )
+    if unreadable:
+        expert_mem = "none"
     free_bytes = torch.cuda.mem_get_info(_gpu_index(config))[0]
     return plan_gpu_memory(
         model.spec,
@@ -90,7 +113,7 @@ def _gpu_plan(model: Model, config: Config) -> GpuMemoryPlan:
         dense_bytes=model.files.total_bytes - expert_bytes,
         expert_bytes=expert_bytes,
         budget=int(free_bytes * config.gpu_memory_utilization),
-        expert_mem=config.gpu_expert_mem,
+        expert_mem=expert_mem,
     )
 
 
@@ -98,7 +121,15 @@ def _gpu_index(config: Config) -> int:
     return int(config.device.partition(":")[2] or 0)
 
 
-def make_scheduler(config: Config) -> Scheduler:
+def num_host_pages(spec: ModelSpec, config: Config) -> int:
+    """KV pages kept in RAM after the GPU evicted them; none without a GPU, whose KV is in RAM."""
+    if config.device == "cpu" or not config.prefix_cache:
+        return 0
+    page_bytes = kv_bytes_per_token(spec, structs.KT_KV_BF16) * config.page_size
+    return int(config.cpu_memory_size_GB * 1e9) // page_bytes
+
+
+def make_scheduler(spec: ModelSpec, config: Config) -> Scheduler:
     """The native scheduler for a resolved config."""
     return Scheduler(
         structs.sized(
@@ -113,6 +144,7 @@ def make_scheduler(config: Config) -> Scheduler:
             max_queue=config.max_queue,
             max_samples=config.max_batch_size + _PROMPT_LOGIT_ROWS,
             watermark_pages=-1,
+            num_host_pages=num_host_pages(spec, config),
             queue_timeout_ns=round(config.queue_timeout_s * 1e9),
             target_itl_ns=round(config.target_itl_ms * 1e6),
         )
@@ -141,7 +173,13 @@ def _gpu_runner(model: Model, config: Config, scheduler: Scheduler, pool: Pool) 
     from kt_async.engine.cuda_runner import CudaLimits  # noqa: PLC0415
 
     torch.cuda.set_device(_gpu_index(config))
-    limits = CudaLimits(config.page_size, config.num_pages, model.sample_vocab, config.num_pages)
+    limits = CudaLimits(
+        config.page_size,
+        config.num_pages,
+        model.sample_vocab,
+        max_page_ids=config.num_pages,
+        num_host_pages=num_host_pages(model.spec, config),
+    )
     options = CudaOptions(
         experts_in_vram=_gpu_plan(model, config).experts_in_vram,
         use_graphs=config.use_cuda_graph,

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from kt_async.engine.cpu_program import ProgramRecorder, tensor_matrix
 from kt_async.engine.cuda_args import MatrixArg
-from kt_async.engine.cuda_experts import VramExperts
+from kt_async.engine.cuda_experts import VramExperts, moe_names
+from kt_async.engine.cuda_kv import KvPages
 from kt_async.engine.cuda_offload import HandoffBuffers, HandoffExperts, StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps
-from kt_async.engine.cuda_runner import CudaLimits, CudaRunner, moe_names
+from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
 from kt_async.engine.cuda_values import (
     FloatMatrix,
     PackedMatrix,
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 # Types whose R16 bands the CUDA kernels read (linear.cu); the others become bf16 in VRAM.
 KERNEL_TYPES = frozenset({2, 3, 6, 7, 8, 12, 13, 14, 20, 23, 39})
 _FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+_NEVER = 1 << 30  # rows
 _HANDOFF_LIMIT_TICKS = 20_000_000_000  # about ten seconds of clock64
 
 
@@ -123,15 +125,13 @@ def load_cuda_runner(
     _load_tensors(loader, uses, expert_tensors, cpu_experts, names, options)
     types = {files.tensors[name].type for name, _ in uses} & KERNEL_TYPES
     kernels = Kernels(_compile(types, options.cache_dir))
-    cache_shape = (limits.num_pages + 1, 2, limits.page_size, spec.num_kv_heads, spec.head_dim)
-    caches = [
-        torch.zeros(cache_shape, dtype=torch.bfloat16, device="cuda")
-        for _ in range(spec.num_layers)
-    ]
+    pages = KvPages.allocate(spec, limits.page_size, limits.num_pages, limits.num_host_pages)
     decode, prefill, handoff = _expert_backends(loader, spec, layout, cpu_experts, names)
     if isinstance(prefill, StreamedExperts):
-        prefill.copy_cost_rows = options.stream_rows
-    ops = CudaOps(kernels, loader.weights, caches, limits.page_size, prefill)
+        # A type without a CUDA kernel cannot be used from a copy: the CPU computes it.
+        readable = all(files.tensors[name].type in KERNEL_TYPES for name in expert_tensors)
+        prefill.copy_cost_rows = options.stream_rows if readable else _NEVER
+    ops = CudaOps(kernels, loader.weights, pages, limits.page_size, prefill)
     return CudaRunner(
         ops,
         spec,

@@ -11,12 +11,25 @@ import torch
 from kt_async.engine.cuda_args import GroupsArg
 from kt_async.engine.cuda_ops import MAX_GEMV_ROWS, CudaOps
 from kt_async.engine.cuda_values import PackedMatrix, Rows
+from kt_async.model.spec import ModelSpec
 
 _I32 = ctypes.c_int32
 _PTR = ctypes.c_void_p
 _BLOCK = 256
 _GROUP_THREADS = 1024
 Names = tuple[str, str, str]  # gate, up, down
+
+
+def moe_names(spec: ModelSpec) -> list[Names]:
+    """(gate, up, down) tensor names of every MoE layer in order."""
+    return [
+        (
+            f"blk.{i}.ffn_gate_exps.weight",
+            f"blk.{i}.ffn_up_exps.weight",
+            f"blk.{i}.ffn_down_exps.weight",
+        )
+        for i in range(spec.num_dense_layers, spec.num_layers)
+    ]
 
 
 def grouped_multiply(

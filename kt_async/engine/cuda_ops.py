@@ -15,6 +15,7 @@ import torch
 
 from kt_async.engine.cpu_program import rope_frequencies
 from kt_async.engine.cuda_args import ActsArg, OutputsArg, RopeArg, RoutingArg
+from kt_async.engine.cuda_kv import KvPages
 from kt_async.engine.cuda_values import (
     FloatMatrix,
     PackedMatrix,
@@ -48,7 +49,7 @@ class CudaOps:
 
     kernels: Kernels
     weights: Mapping[str, Weight]
-    caches: list[torch.Tensor]  # per layer bf16 [P, 2, page, KH, D]
+    pages: KvPages
     page_size: int
     experts_backend: RoutedExperts
     step: StepTensors | None = None
@@ -143,7 +144,7 @@ class CudaOps:
         step = self._step()
         rows, d = q.count, shape.head_dim
         frequencies, multiplier = self._rope(shape)
-        cache = self.caches[shape.layer]
+        cache = self.pages.layers[shape.layer]
         q_out = torch.empty((rows, shape.num_heads, d), dtype=torch.bfloat16, device="cuda")
         arg = RopeArg(
             frequencies.data_ptr(),

@@ -25,7 +25,7 @@ from kt_async.engine.cuda_attention import (
     make_prefill_planner,
 )
 from kt_async.engine.cuda_block import SAMPLE_DTYPE, Block
-from kt_async.engine.cuda_experts import Names
+from kt_async.engine.cuda_experts import moe_names
 from kt_async.engine.cuda_offload import HandoffExperts, StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps
 from kt_async.engine.cuda_values import RoutedExperts, StepTensors
@@ -70,6 +70,7 @@ class CudaLimits:
     num_pages: int  # the scheduler's; one scratch page is added
     sample_vocab: int
     max_page_ids: int  # most page ids of one step
+    num_host_pages: int = 0  # of the second KV tier
 
 
 class CudaRunner:
@@ -87,7 +88,7 @@ class CudaRunner:
         handoff: Handoff,
         use_graphs: bool,
     ) -> None:
-        self._ops, self._spec, self._limits = ops, spec, limits
+        self._ops, self._spec, self._limits, self._pages = ops, spec, limits, ops.pages
         self._decode_experts, self._prefill_experts = decode_experts, prefill_experts
         self._handoff = handoff
         self._layout = layout
@@ -139,6 +140,12 @@ class CudaRunner:
         begin = time.monotonic_ns()
         assert block.ctypes.data == self.block.array.ctypes.data, "not the block from make_block"
         with torch.cuda.stream(self._stream):
+            if plan.num_copies_out or plan.num_copies_in:
+                self._pages.move(plan, self._layout, self.block.array)
+            if plan.num_tokens == 0:
+                # The block is written anew before these copies were read: wait for them.
+                self._stream.synchronize()
+                return
             rows = plan.num_rows
             graph = None
             if plan.num_tokens == plan.num_decode_rows == plan.num_samples:
@@ -285,15 +292,3 @@ class CudaRunner:
             error = int(self._decode_experts.buffers.error[0])
             if error:
                 raise EngineError(f"the CPU experts did not answer the GPU (state {error})")
-
-
-def moe_names(spec: ModelSpec) -> list[Names]:
-    """(gate, up, down) tensor names of every MoE layer in order."""
-    return [
-        (
-            f"blk.{i}.ffn_gate_exps.weight",
-            f"blk.{i}.ffn_up_exps.weight",
-            f"blk.{i}.ffn_down_exps.weight",
-        )
-        for i in range(spec.num_dense_layers, spec.num_layers)
-    ]

@@ -43,7 +43,7 @@ KL_LIMITS = {
 }
 
 
-def runner(options: CudaOptions, *args: Any) -> Any:
+def runner(options: CudaOptions, num_host_pages: int, *args: Any) -> Any:
     files, spec, pool, layout, limits = args
     assert isinstance(limits, CpuLimits)
     cuda = CudaLimits(
@@ -51,15 +51,17 @@ def runner(options: CudaOptions, *args: Any) -> Any:
         num_pages=limits.num_pages,
         sample_vocab=limits.sample_vocab,
         max_page_ids=limits.num_pages,
+        num_host_pages=num_host_pages,
     )
     return load_cuda_runner(files, spec, pool, layout, cuda, options)
 
 
 def engine(
-    path: Path, *, experts_in_vram: bool, use_graphs: bool = False, **kw: Any
+    path: Path, *, experts_in_vram: bool, use_graphs: bool = False, host_pages: int = 0, **kw: Any
 ) -> DirectEngine:
     options = CudaOptions(experts_in_vram, use_graphs, None, show_progress=False)
-    return DirectEngine(path, make_runner=partial(runner, options), **kw)
+    make = partial(runner, options, host_pages)
+    return DirectEngine(path, make_runner=make, num_host_pages=host_pages, **kw)
 
 
 def prompt(length: int, seed: int = 1) -> list[int]:
@@ -143,3 +145,23 @@ def test_seeded_sampling_repeats_and_respects_top_k(folder: Path) -> None:
     assert again == first
     assert single == greedy  # the likeliest token is all that top_k = 1 leaves
     assert first != greedy
+
+
+def test_pages_come_back_from_host_memory(folder: Path) -> None:
+    """Prompts that push each other out of a small cache are not computed again."""
+    path = checkpoint(folder, "Q8_0")
+    prompts = [prompt(200, seed=50 + i) for i in range(6)]
+    options: dict[str, Any] = {"max_batch_size": 1, "num_pages": 10, "max_len": 256}
+    texts = []
+    for host_pages in (1, 64):
+        made = engine(path, experts_in_vram=True, host_pages=host_pages, **options)
+        try:
+            first = [made.generate([p], 8)[0] for p in prompts]
+            second = [made.generate([p], 8)[0] for p in prompts]
+            stats = made.scheduler.stats()
+        finally:
+            made.close()
+        assert second == first
+        texts.append(first)
+        assert (stats["prefix_hit_tokens"] > 6 * 128) == (host_pages > 1), stats
+    assert texts[0] == texts[1]

@@ -38,6 +38,7 @@ class DirectEngine:
         num_pages: int | None = None,
         page_size: int = 32,
         make_runner: MakeRunner | None = None,
+        num_host_pages: int = 0,
     ) -> None:
         self.files = open_model(path)
         self.spec = spec_from_gguf(self.files)
@@ -56,6 +57,8 @@ class DirectEngine:
                 max_queue=1024,
                 max_samples=max_samples,
                 watermark_pages=0,
+                num_host_pages=num_host_pages,
+                flags=structs.KT_SCHED_PREFIX_CACHE if num_host_pages else 0,
             )
         )
         pool = Pool(num_threads=num_threads, isa=isa)
