@@ -10,16 +10,14 @@ ARGS ?=
 CXX ?= c++
 SOURCES = $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 PY = PYTHONPATH=. $(BIN)/python
-
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-dev serve test test-all native bench bench-kernels lint format types size \
+.PHONY: help setup setup-dev serve test test-all test-gpu native bench bench-gpu bench-kernels lint format types size \
   san fuzz wheel clean check-tools
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-# ---- environment: two stamps, so that `make serve` needs no test tools
-
+# Two stamps, so that `make serve` needs no test tools.
 RUN_STAMP = $(VENV)/.ready-run
 DEV_STAMP = $(VENV)/.ready-dev
 ifeq ($(origin VENV),file)
@@ -55,8 +53,6 @@ check-tools:
 	@command -v $(CXX) >/dev/null || { echo "No C++ compiler ($(CXX)) found; install one and run \
 	again (Debian/Ubuntu: apt-get install g++)."; exit 1; }
 
-# ---- what people run
-
 serve: native ## set everything up and serve the demo model on port 10002 (ARGS="model.gguf ...")
 	@echo "== starting the server: python -m kt_async $(ARGS)"
 	@exec env $(PY) -m kt_async $(ARGS)
@@ -77,10 +73,14 @@ native: check-tools setup ## build the native library into kt_async/ffi (increme
 bench: setup-dev native ## start a server and measure it: table, JSON lines, plots in results/
 	@$(PY) bench/run.py $(ARGS)
 
+test-gpu: setup-dev native ## the tests that need a CUDA GPU
+	@$(PY) -m pytest tests/gpu $(ARGS)
+
+bench-gpu: setup-dev native ## the GPU engine without HTTP (ARGS="model.gguf --experts cpu")
+	@$(PY) bench/gpu.py $(ARGS)
+
 bench-kernels: setup-dev native ## kernels against the memory bandwidth and peak of this machine
 	@$(PY) bench/kernels.py $(ARGS)
-
-# ---- what developers run
 
 lint: setup-dev ## format check, ruff, mypy, clang-format
 	@$(BIN)/ruff format --check .

@@ -172,7 +172,8 @@ async def find_model(session: aiohttp.ClientSession, base_url: str) -> tuple[str
 def new_session(timeout_s: float = 600.0) -> aiohttp.ClientSession:
     """A session without a connection limit; timeout_s bounds the silence on one socket."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        # A connection per request: some servers close idle ones just when the next request goes out.
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=timeout_s),
     )
 
