@@ -16,14 +16,9 @@ from kt_async.engine.cuda_args import MatrixArg
 from kt_async.engine.cuda_experts import VramExperts, moe_names
 from kt_async.engine.cuda_kv import KvPages
 from kt_async.engine.cuda_offload import HandoffBuffers, HandoffExperts, StreamedExperts
-from kt_async.engine.cuda_ops import CudaOps
+from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
-from kt_async.engine.cuda_values import (
-    FloatMatrix,
-    PackedMatrix,
-    RoutedExperts,
-    Weight,
-)
+from kt_async.engine.cuda_values import FloatMatrix, PackedMatrix, Weight
 from kt_async.ffi import structs
 from kt_async.ffi.cuda import Kernels, compile_kernels, kernel_source
 from kt_async.ffi.handoff import ExpertSet, Handoff, MatrixShape, PackedPart, packed_matrix

@@ -45,7 +45,8 @@ def grouped_multiply(
     gate, up, down = matrices
     flat = ids.reshape(-1).long()
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=gate.num_experts)
+    counts = torch.zeros(gate.num_experts, dtype=torch.int64, device="cuda")
+    counts.scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait for the GPU
     ends = torch.cumsum(counts, 0).to(torch.int32)
     rows = ops.as_bf16(x)[order // top_k]
     g = _grouped(rows, ops.dequantize(gate), ends)

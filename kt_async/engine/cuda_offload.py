@@ -1,6 +1,6 @@
 """Routed experts that lie in host memory: handed to the CPU in decode graphs, copied for prefill.
 
-Both classes implement cuda_values.RoutedExperts; the runner picks one per step.
+Both classes implement cuda_ops.RoutedExperts; the runner picks one per step.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -19,7 +20,6 @@ from kt_async.engine.cuda_kv import KvPages
 from kt_async.engine.cuda_values import (
     FloatMatrix,
     PackedMatrix,
-    RoutedExperts,
     Rows,
     StepTensors,
     Weight,
@@ -41,6 +41,21 @@ _I32 = ctypes.c_int32
 _I64 = ctypes.c_int64
 _F32 = ctypes.c_float
 _PTR = ctypes.c_void_p
+
+
+class RoutedExperts(Protocol):
+    """Who computes the routed experts of a layer (VRAM, CPU, or both)."""
+
+    def __call__(
+        self,
+        ops: CudaOps,
+        x: Rows,
+        residual: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        names: tuple[str, str, str],
+    ) -> torch.Tensor:
+        """residual + sum of the experts' outputs, f32 [T, H]."""
 
 
 @dataclass(slots=True)

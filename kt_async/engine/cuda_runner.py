@@ -27,8 +27,8 @@ from kt_async.engine.cuda_attention import (
 from kt_async.engine.cuda_block import SAMPLE_DTYPE, Block
 from kt_async.engine.cuda_experts import moe_names
 from kt_async.engine.cuda_offload import HandoffExperts, StreamedExperts
-from kt_async.engine.cuda_ops import CudaOps
-from kt_async.engine.cuda_values import RoutedExperts, StepTensors
+from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
+from kt_async.engine.cuda_values import StepTensors
 from kt_async.engine.runner import StepResult
 from kt_async.errors import EngineError
 from kt_async.ffi import structs

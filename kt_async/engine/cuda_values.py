@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from kt_async.engine.cuda_args import ActsArg, MatrixArg, PreparedArg
-
-if TYPE_CHECKING:
-    from kt_async.engine.cuda_ops import CudaOps
 
 
 @dataclass(slots=True)
@@ -67,21 +64,6 @@ class Attend(Protocol):
 
     def __call__(self, q: torch.Tensor, cache: torch.Tensor, scale: float) -> torch.Tensor:
         """q bf16 [T, QH, D] -> bf16 [T, QH, D]."""
-
-
-class RoutedExperts(Protocol):
-    """Who computes the routed experts of a layer (VRAM, CPU, or both)."""
-
-    def __call__(
-        self,
-        ops: CudaOps,
-        x: Rows,
-        residual: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        names: tuple[str, str, str],
-    ) -> torch.Tensor:
-        """residual + sum of the experts' outputs, f32 [T, H]."""
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
