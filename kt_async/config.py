@@ -281,19 +281,6 @@ class Config:
         auto="with a GPU from the free memory, at most 16; else see cache_lens",
         published="500, taken whether there or not",
     )
-    gpu_expert_mem: str = flag(
-        "auto",
-        "placement",
-        "routed experts kept in GPU memory: all, none, or auto (all when everything fits)",
-        choices=("auto", "all", "none"),
-    )
-    gpu_memory_utilization: float = flag(
-        0.9,
-        "placement",
-        "share of the GPU's free memory that weights and KV cache may take",
-        low=0.05,
-        high=1,
-    )
     use_cuda_graph: bool = flag(
         True, "placement", "replay decode steps as CUDA graphs (nothing changes on the CPU)"
     )

@@ -82,7 +82,9 @@ def prepare(raw: Config) -> Prepared:
     )
     gpus = 0 if raw.device == "cpu" else usable_gpus()
     machine = HostFacts(num_cpus=host.num_cpus, num_cores=host.num_cores, num_gpus=gpus)
-    placement = place(spec, rules_path=raw.optimize_config_path, amx="amx" in host.isas)
+    placement = place(
+        spec, rules_path=raw.optimize_config_path, num_gpus=gpus, amx="amx" in host.isas
+    )
     raw = dataclasses.replace(raw, warnings=(*raw.warnings, *placement.warnings))
     config = resolve(raw, facts, machine, lambda config: size_kv(model, host, config))
     return Prepared(config, model, tokenizer, template)

@@ -30,6 +30,7 @@ from kt_async.ffi.pool import Pool
 from kt_async.ffi.scheduler import Scheduler
 from kt_async.model.spec import ModelSpec
 from kt_async.resolve import KvSize
+from kt_async.weights.placement import place
 from kt_async.weights.source import ModelFiles
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ _POLICIES = {
     "FCFS": structs.KT_SCHED_FCFS,
     "FCFS-single-prefill": structs.KT_SCHED_FCFS_SINGLE_PREFILL,
 }
+# Share of the free GPU memory that may be used: a desktop draws from the rest.
+_GPU_SHARE = 0.9
 # Most RAM that evicted KV pages of a GPU take without being asked to.
 _MOST_TIER_BYTES = 16_000_000_000
 # Logit rows beyond one per sequence: how many prompt positions of an echo request one step scores.
@@ -91,13 +94,13 @@ def _gpu_plan(model: Model, config: Config) -> GpuMemoryPlan:
 
     experts = {n: info for n, info in model.files.tensors.items() if "_exps." in n}
     expert_bytes = sum(info.num_bytes for info in experts.values())
-    expert_mem = config.gpu_expert_mem
+    expert_mem = expert_placement(model.spec, config)
     unreadable = [n for n, info in experts.items() if info.type not in KERNEL_TYPES]
     if unreadable and expert_mem == "all":
         name = unreadable[0]
         raise ConfigError(
-            f"--gpu_expert_mem all: tensor {name} has type {experts[name].type_name}, for which "
-            "there is no GPU kernel; use --gpu_expert_mem none"
+            f"{config.optimize_config_path}: the rules put the routed experts on the GPU, but "
+            f"tensor {name} has type {experts[name].type_name}, for which there is no GPU kernel"
         )
     if unreadable:
         expert_mem = "none"
@@ -112,9 +115,23 @@ def _gpu_plan(model: Model, config: Config) -> GpuMemoryPlan:
         ),
         dense_bytes=model.files.total_bytes - expert_bytes,
         expert_bytes=expert_bytes,
-        budget=int(free_bytes * config.gpu_memory_utilization),
+        budget=int(free_bytes * _GPU_SHARE),
         expert_mem=expert_mem,
     )
+
+
+def expert_placement(spec: ModelSpec, config: Config) -> str:
+    """Where a rule file wants the routed experts: all or none in VRAM; auto without a file."""
+    if not config.optimize_config_path:
+        return "auto"
+    placement = place(
+        spec,
+        rules_path=config.optimize_config_path,
+        device=config.device,
+        num_gpus=_gpu_index(config) + 1,
+    )
+    on_cpu = [p.device == "cpu" for p in placement.modules if p.module.kind == "experts"]
+    return "none" if any(on_cpu) else "all"
 
 
 def _gpu_index(config: Config) -> int:

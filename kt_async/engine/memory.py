@@ -167,8 +167,8 @@ def plan_gpu_memory(
         experts = f", experts {gib(expert_bytes)}" if in_vram else ""
         raise ConfigError(
             f"the GPU has {gib(budget)} to use, but dense weights take {gib(dense_bytes)}"
-            f"{experts} and work memory {gib(work)}; raise --gpu_memory_utilization, use "
-            "--gpu_expert_mem none or --device cpu"
+            f"{experts} and work memory {gib(work)}; free some, keep the experts on the CPU with a "
+            "rule file such as Qwen3Moe-serve.yaml, or use --device cpu"
         )
     if kv.cache_lens is not None:
         tokens, reason = kv.cache_lens, f"{kv.cache_lens} tokens from --cache_lens"
