@@ -16,7 +16,7 @@ import numpy as np
 from kt_async.ffi import structs
 from kt_async.model.ops import AttentionShape, Routing
 from kt_async.model.spec import RopeSpec
-from kt_async.weights.source import ModelFiles, TensorInfo
+from kt_async.weights.source import ModelFiles
 
 Shape = tuple[int, ...]
 
@@ -234,11 +234,3 @@ def rope_frequencies(rope: RopeSpec) -> tuple[np.ndarray, float]:
     ramp = np.clip((np.arange(rope.dim // 2) - low) / max(high - low, 1e-3), 0, 1)
     blended = inverse / rope.factor * ramp + inverse * (1 - ramp)
     return blended.astype(np.float32), rope.attn_factor
-
-
-def tensor_matrix(info: TensorInfo) -> tuple[int, int, int]:
-    """(experts, rows, cols) of a tensor seen as a matrix; a vector is one row."""
-    shape = info.shape
-    if len(shape) == 3:
-        return shape[0], shape[1], shape[2]
-    return 1, (shape[0] if len(shape) == 2 else 1), shape[-1]

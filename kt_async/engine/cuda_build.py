@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from kt_async.engine.cpu_program import ProgramRecorder, tensor_matrix
+from kt_async.engine.cpu_program import ProgramRecorder
 from kt_async.engine.cuda_args import MatrixArg
 from kt_async.engine.cuda_experts import VramExperts, moe_names
 from kt_async.engine.cuda_kv import KvPages
@@ -21,7 +21,7 @@ from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
 from kt_async.engine.cuda_values import FloatMatrix, PackedMatrix, Weight
 from kt_async.ffi import structs
 from kt_async.ffi.cuda import Kernels, compile_kernels, kernel_source
-from kt_async.ffi.handoff import ExpertSet, Handoff, MatrixShape, PackedPart, packed_matrix
+from kt_async.ffi.handoff import ExpertSet, Handoff, PackedPart, packed_matrix
 from kt_async.ffi.matrix import Matrix, dequantize
 from kt_async.ffi.pool import Pool
 from kt_async.model import FORWARDS
@@ -59,10 +59,9 @@ class _Loader:
     weights: dict[str, Weight] = field(default_factory=dict)
     shapes: dict[str, MatrixArg] = field(default_factory=dict)
 
-    def shape(self, name: str) -> MatrixShape:
+    def native(self, name: str) -> structs.Tensor:
         info = self.files.tensors[name]
-        experts, rows, cols = tensor_matrix(info)
-        return MatrixShape(info.type, experts, rows, cols, info.num_bytes)
+        return structs.tensor_at(info.type, info.shape, info.num_bytes, self.files.address(name))
 
     def vector(self, name: str) -> None:
         info = self.files.tensors[name]
@@ -71,23 +70,20 @@ class _Loader:
 
     def matrix(self, name: str) -> None:
         """A dense matrix, or all experts of a tensor, into VRAM."""
-        shape = self.shape(name)
+        kind = self.files.tensors[name].type
+        experts, rows, cols = structs.matrix_shape(self.files.tensors[name].shape)
         data = self.files.data(name)
-        if shape.type in _FLOATS:
-            tensor = torch.from_numpy(data.copy()).view(_FLOATS[shape.type])
-            self.weights[name] = FloatMatrix(tensor.view(shape.rows, shape.cols).cuda())
-        elif shape.type in KERNEL_TYPES:
-            with Matrix(
-                self.pool, shape.type, data, shape.rows, shape.cols, shape.num_experts
-            ) as packed:
+        if kind in _FLOATS:
+            tensor = torch.from_numpy(data.copy()).view(_FLOATS[kind])
+            self.weights[name] = FloatMatrix(tensor.view(rows, cols).cuda())
+        elif kind in KERNEL_TYPES:
+            with Matrix(self.pool, kind, data, rows, cols, experts) as packed:
                 part = packed_matrix(packed.handle)
                 bytes_ = torch.from_numpy(part.data).cuda().view(-1)
-            self.weights[name] = PackedMatrix(
-                bytes_, matrix_arg(part, bytes_.data_ptr()), shape.num_experts
-            )
+            self.weights[name] = PackedMatrix(bytes_, matrix_arg(part, bytes_.data_ptr()), experts)
         else:
-            values = torch.from_numpy(dequantize(shape.type, data)).to(torch.bfloat16)
-            self.weights[name] = FloatMatrix(values.view(shape.rows, shape.cols).cuda())
+            values = torch.from_numpy(dequantize(kind, data)).to(torch.bfloat16)
+            self.weights[name] = FloatMatrix(values.view(rows, cols).cuda())
         self.files.release(name)
 
 
@@ -161,10 +157,8 @@ def _load_tensors(
                 loader.matrix(name)
             bar.update(files.tensors[name].num_bytes)
         for layer in names if cpu_experts is not None else []:
-            shapes = [loader.shape(name) for name in layer]
-            tensors = [s.tensor(files.address(n)) for s, n in zip(shapes, layer, strict=True)]
             assert cpu_experts is not None
-            cpu_experts.add_layer(*tensors)
+            cpu_experts.add_layer(*(loader.native(name) for name in layer))
             for name in layer:
                 files.release(name)
                 bar.update(files.tensors[name].num_bytes)

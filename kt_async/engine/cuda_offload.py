@@ -132,7 +132,7 @@ class StreamedExperts:
     _free: list[torch.cuda.Event | None] = field(default_factory=lambda: [None, None])
     _names: list[Names] = field(default_factory=list)
     _streams: bool = False
-    _host: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+    _host: dict[tuple[int, int], list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
 
     def begin_step(self, rows: int, names: list[Names]) -> None:
         """Called before a forward: forgets copies of the last step and starts the first one."""
@@ -195,16 +195,16 @@ class StreamedExperts:
         self._ready[layer] = tensors, copied
 
     def _copy_parts(self, layer: int, which: int, target: torch.Tensor, band_bytes: int) -> None:
-        for part, source in zip(
-            self.cpu.parts(layer, which), self._sources(layer, which), strict=True
-        ):
-            first = part.first_band * band_bytes
+        for first_band, source in self._sources(layer, which):
+            first = first_band * band_bytes
             target[:, first : first + source.shape[1]].copy_(source, non_blocking=True)
 
-    def _sources(self, layer: int, which: int) -> list[torch.Tensor]:
+    def _sources(self, layer: int, which: int) -> list[tuple[int, torch.Tensor]]:
+        """First band and bytes of each part of a tensor; asked for once, they never move."""
         key = layer, which
         if key not in self._host:
-            self._host[key] = [torch.from_numpy(p.data) for p in self.cpu.parts(layer, which)]
+            parts = self.cpu.parts(layer, which)
+            self._host[key] = [(p.first_band, torch.from_numpy(p.data)) for p in parts]
         return self._host[key]
 
     def _matrix(self, name: str, data: torch.Tensor) -> PackedMatrix:

@@ -56,6 +56,11 @@ def kv_bytes_per_token(spec: ModelSpec, kv_type: int) -> int:
     return spec.num_layers * width * _KV_BYTES[kv_type]
 
 
+def _wanted_tokens(max_batch_size: int, max_model_len: int) -> int:
+    """KV capacity worth having: every row at full length, capped, but never less than one row."""
+    return min(max_batch_size * max_model_len, max(_AUTO_KV_TOKENS, max_model_len))
+
+
 def plan_cpu_memory(
     spec: ModelSpec,
     *,
@@ -84,7 +89,7 @@ def plan_cpu_memory(
         tokens = cache_lens
         reason = f"{cache_lens} tokens from --cache_lens"
     else:
-        wanted = min(max_batch_size * max_model_len, max(_AUTO_KV_TOKENS, max_model_len))
+        wanted = _wanted_tokens(max_batch_size, max_model_len)
         fits = int(left * _AUTO_KV_SHARE) // per_token
         tokens = max(min(wanted, fits), page_size)
         reason = f"{tokens} tokens chosen for {max_batch_size} rows and the free memory"
@@ -173,7 +178,7 @@ def plan_gpu_memory(
     if kv.cache_lens is not None:
         tokens, reason = kv.cache_lens, f"{kv.cache_lens} tokens from --cache_lens"
     else:
-        wanted = min(kv.max_batch_size * kv.max_model_len, max(_AUTO_KV_TOKENS, kv.max_model_len))
+        wanted = _wanted_tokens(kv.max_batch_size, kv.max_model_len)
         tokens = max(
             kv.page_size, min(wanted, int(left * _GPU_KV_SHARE) // per_page * kv.page_size)
         )

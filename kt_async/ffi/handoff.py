@@ -15,29 +15,6 @@ from kt_async.ffi.pool import Pool
 
 
 @dataclass(frozen=True, slots=True)
-class MatrixShape:
-    """[num_experts, rows, cols] of one ggml type."""
-
-    type: int
-    num_experts: int
-    rows: int
-    cols: int
-    num_bytes: int
-
-    def tensor(self, address: int) -> structs.Tensor:
-        """The native description of GGUF bytes at an address."""
-        return structs.sized(
-            structs.Tensor,
-            type=self.type,
-            num_experts=self.num_experts,
-            rows=self.rows,
-            cols=self.cols,
-            num_bytes=self.num_bytes,
-            data=address,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class PackedPart:
     """Bands [first_band, first_band + num_bands) of every expert: u8 [experts, expert_bytes]."""
 

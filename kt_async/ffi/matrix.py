@@ -95,15 +95,8 @@ class Matrix:
         num_experts: int = 1,
     ) -> None:
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-        tensor = structs.sized(
-            structs.Tensor,
-            type=ggml_type,
-            num_experts=num_experts,
-            rows=rows,
-            cols=cols,
-            num_bytes=raw.size,
-            data=raw.ctypes.data,
-        )
+        shape = (num_experts, rows, cols)
+        tensor = structs.tensor_at(ggml_type, shape, raw.size, raw.ctypes.data)
         self.rows, self.cols, self.num_experts = rows, cols, num_experts
         self.num_bytes = raw.size
         self._pool = pool  # must outlive the handle

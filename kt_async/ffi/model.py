@@ -64,29 +64,12 @@ class CpuModel:
 
     def add_weight(self, info: TensorLike, address: int, kind: int) -> int:
         """Pack (or borrow) the tensor at `address`, GGUF order; returns its id. kind: KT_WEIGHT_x."""
-        shape = info.shape
-        tensor = structs.sized(
-            structs.Tensor,
-            type=int(info.type),
-            num_experts=shape[0] if len(shape) == 3 else 1,
-            rows=shape[-2] if len(shape) > 1 else 1,
-            cols=shape[-1],
-            num_bytes=info.num_bytes,
-            data=address,
-        )
+        tensor = structs.tensor_at(info.type, info.shape, info.num_bytes, address)
         return self._add(tensor, kind)
 
     def add_vector(self, values: npt.NDArray[np.float32]) -> int:
         """A small f32 array that is in no file; copied."""
-        tensor = structs.sized(
-            structs.Tensor,
-            type=_GGML_F32,
-            num_experts=1,
-            rows=1,
-            cols=values.size,
-            num_bytes=values.nbytes,
-            data=values.ctypes.data,
-        )
+        tensor = structs.tensor_at(_GGML_F32, values.shape, values.nbytes, values.ctypes.data)
         return self._add(tensor, structs.KT_WEIGHT_VECTOR)
 
     def _add(self, tensor: structs.Tensor, kind: int) -> int:

@@ -439,3 +439,23 @@ def sized(mirror: type[StructT], **values: object) -> StructT:
     for name, value in values.items():
         setattr(result, name, value)
     return result
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(experts, rows, cols) of a tensor of one to three dimensions; a vector is one row."""
+    experts, rows, cols = (1, 1, *shape)[-3:]
+    return experts, rows, cols
+
+
+def tensor_at(ggml_type: int, shape: tuple[int, ...], num_bytes: int, address: int) -> Tensor:
+    """kt_tensor for GGUF bytes at an address."""
+    experts, rows, cols = matrix_shape(shape)
+    return sized(
+        Tensor,
+        type=int(ggml_type),
+        num_experts=experts,
+        rows=rows,
+        cols=cols,
+        num_bytes=num_bytes,
+        data=address,
+    )
