@@ -52,6 +52,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "kt_expert_set_finish": (_PTR,),
     "kt_expert_set_part": (_PTR, _I32, _I32, _I32, _PTR),
     "kt_expert_set_run": (_PTR, _I32, _I32, _PTR, _PTR, _PTR, _PTR),
+    "kt_copy_to_device": (_PTR, _PTR, _I32),
     "kt_matrix_part": (_PTR, _PTR),
     "kt_handoff_create": (_PTR, _PTR, _PTR),
     "kt_handoff_destroy": (_PTR,),

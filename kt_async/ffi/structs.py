@@ -290,6 +290,16 @@ class PackedPart(ctypes.Structure):
     )
 
 
+class Copy(ctypes.Structure):
+    """Mirror of kt_copy."""
+
+    _fields_ = (
+        ("to", ctypes.c_void_p),
+        ("from", ctypes.c_void_p),
+        ("num_bytes", ctypes.c_int64),
+    )
+
+
 class HandoffConfig(ctypes.Structure):
     """Mirror of kt_handoff_config."""
 

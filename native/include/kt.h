@@ -384,13 +384,25 @@ KT_API int32_t kt_expert_set_finish(kt_expert_set* set);
 KT_API int32_t kt_expert_set_part(const kt_expert_set* set, int32_t layer, int32_t which,
                                   int32_t part, kt_packed_part* out);
 /* [engine] out f32 [T, H] = sum over k of weights[t, k] * expert ids[t, k] of x f32 [T, H]. An id
- * of -1 is skipped (somebody else computes it). */
+ * of -1 is skipped (somebody else computes it); a row that has no other is neither read nor written.
+ */
 KT_API int32_t kt_expert_set_run(kt_expert_set* set, int32_t layer, int32_t num_tokens,
                                  const float* x, const int32_t* ids, const float* weights,
                                  float* out);
 
 /* [any] The packed form of a matrix, as one part. */
 KT_API int32_t kt_matrix_part(const kt_matrix* matrix, kt_packed_part* out);
+
+/* One copy to the device. */
+typedef struct kt_copy {
+  void* to;         /* device memory */
+  const void* from; /* host memory; only pinned memory is copied in the background */
+  int64_t num_bytes;
+} kt_copy;
+
+/* [engine] Puts copies on a stream (cudaStream_t), in order, and returns at once. KT_ERR_UNSUPPORTED
+ * without a CUDA runtime in the process, KT_ERR_INTERNAL when CUDA refuses one. */
+KT_API int32_t kt_copy_to_device(void* stream, const kt_copy* copies, int32_t num_copies);
 
 /* ---- decode steps on a GPU whose routed experts run on the CPU ---- */
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from gguf import GGMLQuantizationType as T
 
 from kt_async.errors import NativeError
 from kt_async.ffi import structs
+from kt_async.ffi.copies import copy_to_device
 from kt_async.ffi.experts import experts_multiply
 from kt_async.ffi.handoff import ExpertSet
 from kt_async.ffi.matrix import Matrix
@@ -77,6 +79,25 @@ def test_a_negative_id_is_left_to_somebody_else(experts: ExpertSet) -> None:
     experts.run(0, x, skipped, weights, with_skip)
     experts.run(0, x, ids, silent, with_zero)
     np.testing.assert_allclose(with_skip, with_zero, rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_without_work_is_left_alone(experts: ExpertSet) -> None:
+    x, ids, weights = inputs(MAX_TOKENS)
+    expected, out = np.empty_like(x), np.full_like(x, 7)
+    experts.run(0, x, ids, weights, expected)
+    ids[::2] = -1
+    x[::2] = np.nan  # not read either
+    experts.run(0, x, ids, weights, out)
+    np.testing.assert_array_equal(out[1::2], expected[1::2])
+    assert (out[::2] == 7).all()
+
+
+def test_copies_need_a_cuda_runtime() -> None:
+    if "libcudart" in Path("/proc/self/maps").read_text():
+        pytest.skip("this process has a CUDA runtime")
+    copies = np.zeros((1, 3), np.int64)
+    with pytest.raises(NativeError, match="no CUDA runtime"):
+        copy_to_device(0, copies)
 
 
 def test_parts_hold_every_band_once(experts: ExpertSet) -> None:

@@ -3,6 +3,7 @@
 
 #include "abi/matrix_handle.h"
 #include "base/error.h"
+#include "device/cudart.h"
 #include "device/handoff.h"
 #include "experts/expert_set.h"
 #include "kt.h"
@@ -107,6 +108,14 @@ int32_t kt_matrix_part(const kt_matrix* matrix, kt_packed_part* out) {
     kt::require_handle(matrix, "matrix");
     kt::require_struct(out, "kt_packed_part");
     describe_part(matrix->view, matrix->view.rows, 0, 1, out);
+    return KT_OK;
+  });
+}
+
+int32_t kt_copy_to_device(void* stream, const kt_copy* copies, int32_t num_copies) {
+  return kt::guard([&] {
+    kt::require_handle(copies, "copies");
+    kt::copy_to_device(stream, copies, num_copies);
     return KT_OK;
   });
 }

@@ -51,4 +51,18 @@ void check_cuda(int status, const char* call) {
   }
 }
 
+void copy_to_device(void* stream, const kt_copy* copies, int32_t num_copies) {
+  const Cudart& cuda = cudart();
+  for (int32_t i = 0; i < num_copies; ++i) {
+    const kt_copy& copy = copies[i];
+    if (copy.num_bytes < 0) {
+      fail_argument("copy " + std::to_string(i) + " has " + std::to_string(copy.num_bytes) +
+                    " bytes");
+    }
+    check_cuda(cuda.memcpy_async(copy.to, copy.from, static_cast<size_t>(copy.num_bytes),
+                                 kHostToDevice, stream),
+               "cudaMemcpyAsync");
+  }
+}
+
 }  // namespace kt

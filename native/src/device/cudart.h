@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kt.h"
+
 namespace kt {
 
 struct Cudart {
@@ -25,5 +27,8 @@ const Cudart& cudart();
 
 // Throws kt::Error naming the call when status is not cudaSuccess.
 void check_cuda(int status, const char* call);
+
+// See kt_copy_to_device.
+void copy_to_device(void* stream, const kt_copy* copies, int32_t num_copies);
 
 }  // namespace kt

@@ -44,6 +44,7 @@ void ExpertSet::finish() {
   allocate_expert_buffers(workers_, arena_, int64_t{max_tokens_} * top_k_, experts, mid, cols,
                           buffers_);
   acts_ = arena_.allocate(acts * max_tokens_);
+  used_ = arena_.allocate_array<uint8_t>(max_tokens_);
   tails_ = arena_.allocate_array<TailCounter>(2 * workers_.num_nodes());
   finished_ = true;
 }
@@ -66,13 +67,17 @@ const Weight& ExpertSet::weight(int32_t layer, int32_t which) const {
   }
 }
 
-void ExpertSet::check_ids(const Layer& layer, int32_t num_tokens, const int32_t* ids) const {
-  for (int64_t i = 0; i < int64_t{num_tokens} * top_k_; ++i) {
-    if (ids[i] < -1 || ids[i] >= layer.gate.num_experts) {
-      fail_argument("expert id " + std::to_string(ids[i]) + " of token " +
-                    std::to_string(i / top_k_) + " is outside 0 .. " +
-                    std::to_string(layer.gate.num_experts - 1));
+void ExpertSet::check_ids(const Layer& layer, int32_t num_tokens, const int32_t* ids) {
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    int32_t all = -1;  // stays -1 when every id is
+    for (int64_t i = t * top_k_; i < (t + 1) * top_k_; ++i) {
+      if (ids[i] < -1 || ids[i] >= layer.gate.num_experts) {
+        fail_argument("expert id " + std::to_string(ids[i]) + " of token " + std::to_string(t) +
+                      " is outside 0 .. " + std::to_string(layer.gate.num_experts - 1));
+      }
+      all &= ids[i];
     }
+    used_[t] = all != -1;
   }
 }
 
@@ -100,6 +105,7 @@ void ExpertSet::run(int32_t layer, int32_t num_tokens, const float* x, const int
   job.x_stride = act_row_bytes(l.gate.act, l.gate.cols);
   job.out = out;
   job.out_stride = l.down.rows;
+  job.used = used_;
   job.num_tokens = num_tokens;
   job.matrix = matrix_kernels(workers_.isa());
   job.vector = vector_kernels(workers_.isa());
@@ -114,8 +120,10 @@ void ExpertSet::run(int32_t layer, int32_t num_tokens, const float* x, const int
       const int64_t count = std::min(blocks - first, mine.last - at);
       const auto column = static_cast<int32_t>(first * 32);
       const auto columns = static_cast<int32_t>(std::min<int64_t>(count * 32, cols - column));
-      job.matrix->prepare(l.gate.act, x + row * cols + column, cols, column, columns,
-                          acts_ + row * job.x_stride);
+      if (used_[row] != 0) {
+        job.matrix->prepare(l.gate.act, x + row * cols + column, cols, column, columns,
+                            acts_ + row * job.x_stride);
+      }
       at += count;
     }
     group_pairs(ids, weights, num_tokens, top_k_, l.gate.num_experts,

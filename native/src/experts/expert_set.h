@@ -32,7 +32,8 @@ class ExpertSet {
     Weight gate, up, down;
   };
 
-  void check_ids(const Layer& layer, int32_t num_tokens, const int32_t* ids) const;
+  // Also notes which rows have work, in used_.
+  void check_ids(const Layer& layer, int32_t num_tokens, const int32_t* ids);
 
   Workers& workers_;
   int32_t max_tokens_;
@@ -42,6 +43,7 @@ class ExpertSet {
   std::vector<Layer> layers_;
   ExpertBuffers buffers_;
   uint8_t* acts_ = nullptr;  // prepared rows [max_tokens]
+  uint8_t* used_ = nullptr;  // [max_tokens]
   TailCounter* tails_ = nullptr;
 };
 

@@ -83,6 +83,9 @@ void down_bands(const ExpertJob& job, ExpertBuffers& buffers, int32_t worker, si
   const int64_t column = (part.first_band + first) * kBandRows;
   const int64_t columns = std::min<int64_t>((last - first) * kBandRows, down.rows - column);
   for (int32_t t = 0; t < job.num_tokens; ++t) {
+    if (job.used != nullptr && job.used[t] == 0) {
+      continue;
+    }
     float* out = job.out + t * job.out_stride + column;
     if (job.residual == nullptr) {
       std::memset(out, 0, static_cast<size_t>(columns) * 4);

@@ -63,6 +63,7 @@ struct ExpertJob {
   int64_t residual_stride = 0;
   float* out = nullptr;  // [T, H]
   int64_t out_stride = 0;
+  const uint8_t* used = nullptr;  // [T] 0 = the row has no pair and is left alone; or nullptr
   int32_t num_tokens = 0;
   const MatrixKernels* matrix = nullptr;
   const VectorKernels* vector = nullptr;
