@@ -18,6 +18,10 @@ from kt_async.errors import EngineError
 # A ctypes number, pointer or structure: typeshed has no public name for their common base.
 KernelArgument = Any
 
+_COMPUTE_CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_x
+_PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_FIRST_WITH_DEPENDENT_LAUNCH = 9  # compute capability
+
 _SOURCES = ("linear.cu", "step.cu", "sample.cu")
 _OPTIONS = ("--std=c++17", "-default-device")
 
@@ -124,14 +128,54 @@ def _store(path: Path, content: bytes) -> None:
         return
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute with an integer value."""
+
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("pad", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
 class Kernels:
-    """A loaded module; `launch` puts a kernel on a stream. [engine]"""
+    """A loaded module; `launch` puts a kernel on a stream. [engine]
+
+    overlaps: kernels start while their predecessor ends (programmatic dependent launch, see
+    wait_for_previous in linear.cu); on by itself where the GPU can.
+    """
 
     def __init__(self, cubin: bytes) -> None:
         self._driver = ctypes.CDLL("libcuda.so.1")
+        self._attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION, b"", 1)
         self._module = ctypes.c_void_p()
         self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin), "load")
         self._functions: dict[str, ctypes.c_void_p] = {}
+        self.overlaps = self._compute_capability() >= _FIRST_WITH_DEPENDENT_LAUNCH
+
+    def _compute_capability(self) -> int:
+        """Major number of the current context's device."""
+        device, major = ctypes.c_int(), ctypes.c_int()
+        self._check(self._driver.cuCtxGetDevice(ctypes.byref(device)), "device")
+        status = self._driver.cuDeviceGetAttribute(
+            ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device
+        )
+        self._check(status, "device")
+        return major.value
 
     def launch(
         self,
@@ -146,18 +190,16 @@ class Kernels:
         pointers = (ctypes.c_void_p * len(arguments))(
             *[ctypes.cast(ctypes.pointer(a), ctypes.c_void_p) for a in arguments]
         )
-        status = self._driver.cuLaunchKernel(
-            self._function(name),
-            grid[0],
-            grid[1],
-            1,
-            block,
-            1,
-            1,
+        config = _LaunchConfig(
+            (*grid, 1),
+            (block, 1, 1),
             shared_bytes,
-            ctypes.c_void_p(stream),
-            pointers,
-            None,
+            stream,
+            ctypes.pointer(self._attribute),
+            int(self.overlaps),
+        )
+        status = self._driver.cuLaunchKernelEx(
+            ctypes.byref(config), self._function(name), pointers, None
         )
         self._check(status, name)
 

@@ -15,6 +15,21 @@ typedef unsigned int u32;
 typedef signed char i8;
 typedef long long i64;
 
+// Programmatic dependent launch: a kernel may start while the one before it ends. Every kernel
+// calls wait_for_previous() before it touches what an earlier kernel wrote (weights and the step's
+// metadata are not that) and before it writes anything; release_next() lets the next one start
+// early. Both do nothing before sm_90, where kernels are launched one after another.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void release_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 constexpr int kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8, kQ4_K = 12, kQ5_K = 13,
               kQ6_K = 14, kIQ4_NL = 20, kIQ4_XS = 23, kMXFP4 = 39;
 constexpr int kThreads = 256;
@@ -252,6 +267,8 @@ struct Outputs {
 
 template <int M>
 __device__ void multiply(const Outputs& p, const Acts& acts) {
+  release_next();
+  wait_for_previous();
   __shared__ float part[kHalfWarps][M][17];
   int band = blockIdx.x, which = 0;
   while (band >= p.w[which].num_bands) {
@@ -299,6 +316,8 @@ struct Groups {
 // One block of 1024 threads. expert_of < 0: somebody else computes the pair.
 extern "C" __global__ void __launch_bounds__(1024)
     group_pairs(const int* expert_of, int pairs, int experts, Groups g) {
+  release_next();
+  wait_for_previous();
   __shared__ int count[1024], first[1025];
   const int t = threadIdx.x;
   count[t] = 0;
@@ -386,6 +405,8 @@ __device__ __forceinline__ void dot_group(int m, const Matrix& w, int expert, in
 template <int kGroupRows>
 __device__ __forceinline__ void gate_up(const Matrix& gate, const Matrix& up, const Acts& x,
                                         const Groups& g, int experts, int top_k, float* h) {
+  release_next();
+  wait_for_previous();
   __shared__ float part[2][kHalfWarps][kGroupRows][17];
   if (blockIdx.y >= g.active[experts]) {
     return;
@@ -411,6 +432,8 @@ __device__ __forceinline__ void gate_up(const Matrix& gate, const Matrix& up, co
 template <int kGroupRows>
 __device__ __forceinline__ void down_rows(const Matrix& down, const Acts& h, const Groups& g,
                                           int experts, float* y) {
+  release_next();
+  wait_for_previous();
   __shared__ float part[kHalfWarps][kGroupRows][17];
   if (blockIdx.y >= g.active[experts]) {
     return;
@@ -450,6 +473,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 3)
 // out[t] = residual[t] + sum over k of weight[t, k] * y[t * top_k + k], k in order; grid = (T, n).
 extern "C" __global__ void experts_sum(const float* y, const int* expert_of, const float* weight,
                                        int top_k, int cols, const float* residual, float* out) {
+  release_next();
+  wait_for_previous();
   const i64 token = blockIdx.x;
   for (int c = blockIdx.y * blockDim.x + threadIdx.x; c < cols; c += gridDim.y * blockDim.x) {
     float sum = 0.0f;
@@ -467,6 +492,8 @@ extern "C" __global__ void experts_sum(const float* y, const int* expert_of, con
 // (expert, token). Rows of w: f32 row-major (routers are small and stay exact).
 extern "C" __global__ void router_logits(const float* x, const float* w, int cols, int experts,
                                          float* logits) {
+  release_next();
+  wait_for_previous();
   const int e = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
   if (e >= experts) {
     return;
@@ -524,6 +551,8 @@ __device__ __forceinline__ void dequantize_any(int type, const u8* band, int col
 
 // out bf16 [experts, rows, cols]; grid = (bands, experts). Rows beyond the matrix are not written.
 extern "C" __global__ void __launch_bounds__(kThreads) dequantize(Matrix w, u16* out) {
+  release_next();
+  wait_for_previous();
   const u8* band = w.data + blockIdx.y * w.expert_bytes + blockIdx.x * w.band_bytes;
   const int r = threadIdx.x & 15, row = blockIdx.x * 16 + r;
   if (row >= w.rows) {

@@ -129,6 +129,8 @@ extern "C" __global__ void __launch_bounds__(kSampleThreads)
            const SampleParams* params, const int* bias_ids, const float* bias_values,
            const int* history_ids, const int* history_counts, int* tokens, float* logprobs,
            int* top_ids, float* top_logprobs) {
+  release_next();
+  wait_for_previous();
   const SampleParams p = params[blockIdx.x];
   const float* raw = logits + (i64)blockIdx.x * vocab;
   float* z = work + (i64)blockIdx.x * vocab;

@@ -83,6 +83,8 @@ __device__ __forceinline__ void store_prepared(const Prepared& to, i64 row, int 
 // y = x / rms(x) * w, one block per row; cols is a multiple of 32.
 extern "C" __global__ void rms_norm(const float* x, const float* w, float eps, int cols,
                                     Prepared to) {
+  release_next();
+  wait_for_previous();
   const i64 row = blockIdx.x;
   const float* from = x + row * cols;
   float squares = 0.0f;
@@ -97,6 +99,8 @@ extern "C" __global__ void rms_norm(const float* x, const float* w, float eps, i
 
 // Prepares rows of f32 or bf16 values; grid = (rows, column chunks).
 extern "C" __global__ void prepare(const float* x, const u16* x16, int cols, Prepared to) {
+  release_next();
+  wait_for_previous();
   const i64 row = blockIdx.x;
   for (int k = blockIdx.y * blockDim.x + threadIdx.x; k < cols; k += gridDim.y * blockDim.x) {
     const float v =
@@ -107,6 +111,8 @@ extern "C" __global__ void prepare(const float* x, const u16* x16, int cols, Pre
 
 // silu(a) * b, prepared; grid = (rows, column chunks).
 extern "C" __global__ void silu_mul(const float* a, const float* b, int cols, Prepared to) {
+  release_next();
+  wait_for_previous();
   const i64 row = blockIdx.x;
   for (int k = blockIdx.y * blockDim.x + threadIdx.x; k < cols; k += gridDim.y * blockDim.x) {
     const float g = a[row * cols + k];
@@ -127,6 +133,8 @@ struct Rope {
 extern "C" __global__ void attention_inputs(const float* q, const float* k, const float* v,
                                             const int* positions, const int* kv_slot, Rope p,
                                             int page_size, u16* q_out, u16* cache) {
+  release_next();
+  wait_for_previous();
   const int token = blockIdx.x, head = blockIdx.y, lane = threadIdx.x;
   const int d = p.dim, n = d / kWarp;
   const bool is_q = head < p.q_heads, is_v = head >= p.q_heads + p.kv_heads;
@@ -183,6 +191,8 @@ struct Routing {
 
 // Picks top_k experts per token, ties to the lower id; one warp per token, E <= 1024.
 extern "C" __global__ void route(const float* logits, Routing p, int* ids, float* weights) {
+  release_next();
+  wait_for_previous();
   extern __shared__ float shared[];
   float* score = shared;               // for weighing
   float* choice = shared + p.experts;  // for choosing
@@ -275,6 +285,8 @@ extern "C" __global__ void route(const float* logits, Routing p, int* ids, float
 extern "C" __global__ void handoff_signal(const float* x, const int* ids, const float* weights,
                                           int num_x, int num_ids, float* host_x, int* host_ids,
                                           float* host_weights, u32* flag, u32* arrived) {
+  release_next();
+  wait_for_previous();
   const int first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
   for (int i = first; i < num_x / 4; i += step) {
     reinterpret_cast<float4*>(host_x)[i] = reinterpret_cast<const float4*>(x)[i];
@@ -295,6 +307,8 @@ extern "C" __global__ void handoff_signal(const float* x, const int* ids, const 
 // done: 1 = ready, 2 = the CPU failed. A time-out sets *error; the graph always ends.
 extern "C" __global__ void handoff_wait(const float* host_out, const float* residual, int num,
                                         u32* done, u32* left, u32* error, i64 limit, float* out) {
+  release_next();
+  wait_for_previous();
   __shared__ u32 state;
   if (threadIdx.x == 0) {
     const i64 begin = clock64();
@@ -338,6 +352,8 @@ extern "C" __global__ void handoff_wait(const float* host_out, const float* resi
 
 // x[t, H] = row tokens[t] of the table; tokens below 0 name a logit row of the previous step.
 extern "C" __global__ void embed(Matrix table, const int* tokens, const int* sampled, float* x) {
+  release_next();
+  wait_for_previous();
   int id = tokens[blockIdx.x];
   if (id < 0) {
     id = sampled[-1 - id];

@@ -185,3 +185,27 @@ def test_top_level_is_fixed() -> None:
     }  # fmt: skip
     found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
     assert found - known - {"__pycache__"} == set()
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "native" / "cuda").glob("*.cu")), ids=lambda f: f.name
+)
+def test_every_cuda_kernel_waits_for_the_one_before_it(file: Path) -> None:
+    """All are launched so that they may start early (see wait_for_previous in linear.cu)."""
+    text = re.sub(r"^#define.*(\\\n.*)*", "", file.read_text(encoding="utf-8"), flags=re.M)
+    waiting: set[str] = set()
+    kernels: set[str] = set()
+    for function in text.split("\n}\n"):
+        head, _, body = function.partition(") {\n")
+        names = re.findall(
+            r"^[^/]*\b(\w+)\(", re.sub(r"__launch_bounds__\([^)]*\)", "", head), re.M
+        )
+        if not names:
+            continue
+        called = set(re.findall(r"\b(\w+)(?:<[^;]*>)?\(", body))
+        if "wait_for_previous();" in body or called & waiting:
+            waiting.add(names[-1])
+        if "__global__" in head:
+            kernels.add(names[-1])
+    assert kernels
+    assert sorted(kernels - waiting) == []
