@@ -9,23 +9,23 @@ as llama-quantize mixes them), the vocabulary has the real size and decodes to p
 from __future__ import annotations
 
 import argparse
-import itertools
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `kt_async`, when run as a script
 
+from kt_async.model.dummy import vocabulary
 from kt_async.model.spec import ModelSpec, RopeSpec
-from kt_async.model.synthetic import Recipe, metadata_from_spec, random_tensors
-from kt_async.text.pretokenize import BYTES
-from kt_async.text.template import CHATML
+from kt_async.model.synthetic import (
+    QUANTS,
+    metadata_from_spec,
+    random_tensors,
+    recipe_for,
+)
 from kt_async.weights.writer import write_gguf
 
 _QWEN3_30B = ModelSpec(
@@ -136,37 +136,6 @@ SHAPES = {
         extra={"router_bias": True, "absorbed": True},
     ),
 }
-# Mixed recipes: name -> (usual type, type of the matrices that get more bits, output's type).
-_MIXES = {
-    "Q2_K": ("Q2_K", "Q3_K", "Q6_K"),
-    "Q3_K_M": ("Q3_K", "Q5_K", "Q6_K"),
-    "Q4_K_S": ("Q4_K", "Q4_K", "Q6_K"),
-    "Q4_K_M": ("Q4_K", "Q6_K", "Q6_K"),
-    "Q5_K_M": ("Q5_K", "Q6_K", "Q6_K"),
-}
-QUANTS = (*_MIXES, "Q6_K", "Q8_0", "Q4_0", "Q5_0", "IQ4_XS", "IQ4_NL", "MXFP4",
-          "F16", "BF16", "F32")  # fmt: skip
-
-
-def recipe_for(quant: str) -> Recipe:
-    """Return the types of a quantisation as llama-quantize lays them out: in a mix half of the
-    layers get more bits for attn_v and ffn_down. Raises ValueError for an unknown name."""
-    if quant not in QUANTS:
-        raise ValueError(f"quantisation '{quant}' is unknown; known are {', '.join(QUANTS)}")
-    usual, more, output = _MIXES.get(quant, (quant, quant, quant))
-
-    def recipe(name: str, layer: int, num_layers: int) -> str:
-        if "ffn_gate_inp" in name:
-            return "F32"  # routers are never quantised
-        if name == "output.weight":
-            return output
-        if "attn_v" not in name and "ffn_down" not in name:
-            return usual
-        eighth = num_layers // 8
-        outer = layer < eighth or layer >= 7 * num_layers // 8
-        return more if outer or (layer - eighth) % 3 == 2 else usual
-
-    return recipe
 
 
 def write_random_gguf(
@@ -192,35 +161,8 @@ def write_random_gguf(
     free = shutil.disk_usage(path.parent).free
     if size > free - (1 << 30):
         raise OSError(f"{path}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-    write_gguf(path, metadata_from_spec(spec) | _vocabulary(spec), tensors)
+    write_gguf(path, metadata_from_spec(spec) | vocabulary(spec.vocab_size), tensors)
     return path.stat().st_size
-
-
-def _vocabulary(spec: ModelSpec) -> dict[str, Any]:
-    """Byte-level BPE of the model's size: bytes, then printable pairs, then triples."""
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    size = spec.vocab_size - len(specials)
-    printable = sorted(char for char, byte in BYTES.items() if 0x20 <= byte < 0x7F)
-    tokens, merges = list(BYTES), []
-    pairs = [a + b for a, b in itertools.product(printable, repeat=2)]
-    longer = ((word, char) for word in pairs for char in printable)
-    for left, right in itertools.chain(itertools.product(printable, repeat=2), longer):
-        if len(tokens) == size:
-            break
-        tokens.append(left + right)
-        merges.append(f"{left} {right}")
-    types = [1] * len(tokens) + [3] * len(specials)
-    tokens += specials
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "qwen2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": np.array(types, np.int32),
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": CHATML,
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

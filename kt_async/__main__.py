@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from kt_async import cli
 from kt_async.config import Config
-from kt_async.errors import ConfigError, NativeError
+from kt_async.errors import ConfigError, EngineError, NativeError
 from kt_async.log import setup_logging
 
 
@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, NativeError) as error:
         sys.stderr.write(cli.format_error(error) + "\n")
         return 2
+    except EngineError as error:
+        sys.stderr.write(cli.format_error(error) + "\n")
+        return 1
     except KeyboardInterrupt:
         return 130
 

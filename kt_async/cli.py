@@ -264,7 +264,8 @@ def _check(found: _Collected, config: Config) -> None:
     errors = found.errors
     if config.demo and config.gguf_path:
         errors.append(f"--demo and a model ({config.gguf_path}) exclude each other.")
-    if config.model_path and not config.gguf_path and not config.demo:
+    is_dummy = config.load_format == "dummy"
+    if config.model_path and not config.gguf_path and not config.demo and not is_dummy:
         errors.append(
             f"--model_path {config.model_path} names configuration and tokenizer only; "
             "--gguf_path with the weights is missing."

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 
 from kt_async.config import Config
 from kt_async.demo import demo_model_path
-from kt_async.engine.build import engine_info, load_runner, make_scheduler
+from kt_async.engine.build import engine_info
 from kt_async.engine.memory import gib
 from kt_async.engine.service import EngineService
 from kt_async.engine.types import GenerationRequest, SamplingParams
@@ -21,7 +21,7 @@ from kt_async.errors import KtError
 from kt_async.ffi import lib, matrix
 from kt_async.ffi.host import isa_number, query_host
 from kt_async.ffi.pool import Pool
-from kt_async.serve import Prepared, prepare
+from kt_async.serve import Prepared, load_engine, prepare
 from kt_async.weights.placement import place
 from kt_async.weights.plan import PlanHost, plan_text
 
@@ -144,9 +144,7 @@ def _check_generation(config: Config) -> str:
 
 async def _generate(ready: Prepared) -> tuple[list[int], float]:
     """Greedy tokens through scheduler, runner and engine thread."""
-    scheduler = make_scheduler(ready.model.spec, ready.config)
-    runner = load_runner(ready.model, ready.config, scheduler)
-    service = EngineService(scheduler, runner, engine_info(ready.model, ready.config))
+    service = EngineService(*load_engine(ready), engine_info(ready.model, ready.config))
     service.start()
     begin = time.monotonic()
     prompt = ready.tokenizer.encode("Hello")

@@ -35,7 +35,7 @@ LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Every setting. A field with an Option is a flag; the last four are bookkeeping."""
+    """Every setting. A field with an Option is a flag; the last ones are bookkeeping."""
 
     # -- model
     gguf_path: str = flag(
@@ -57,6 +57,13 @@ class Config:
     )
     demo: bool = flag(
         False, "model", "serve the built-in demo model (so does giving no model at all)"
+    )
+    load_format: str = flag(
+        "auto",
+        "model",
+        "dummy: fill the model's shape with random weights in memory, to time a model without its "
+        "file; needs a GGUF's header, or --model_path alone (then as Q4_K_M)",
+        choices=("auto", "dummy"),
     )
     architectures: str = flag(
         "",
@@ -110,6 +117,13 @@ class Config:
         unit="seconds",
         low=0,
         high=86400,
+    )
+    on_engine_failure: str = flag(
+        "restart",
+        "server",
+        "after a failure that ends the engine: load the model again (at most 3 times in 10 "
+        "minutes), or end with exit code 1; /health answers 503 meanwhile",
+        choices=("restart", "exit"),
     )
     # -- scheduling
     backend_type: str = flag(
@@ -188,6 +202,7 @@ class Config:
         "scheduling",
         "number format of the KV cache",
         choices=("auto", "f32", "f16", "bf16"),
+        aliases=("kv_cache_dtype",),
         auto="f32 for an F32 model on the CPU, else f16 (CPU) or bf16 (GPU)",
     )
     max_queue: int = flag(
@@ -252,6 +267,24 @@ class Config:
         "the file in rules/",
         metavar="FILE",
         auto="derived from model and memory",
+    )
+    gpu_memory_utilization: float = flag(
+        0.9,
+        "placement",
+        "share of the GPU's memory that may be in use, other programs' part included",
+        low=0.05,
+        high=1,
+    )
+    gpu_expert_mem: str = flag(
+        "auto",
+        "placement",
+        "GPU memory for routed experts, in whole layers; the others' stay on the CPU; 0 = none; a "
+        "rule file decides instead",
+        unit="GB",
+        choices=("auto", "all"),
+        low=0,
+        high=1e6,
+        auto="as many layers as fit",
     )
     cpu_infer: int = flag(
         0,
@@ -323,6 +356,7 @@ class Config:
     sources: Mapping[str, str] = field(default_factory=dict)  # name -> flag, env X, file X
     reasons: Mapping[str, str] = field(default_factory=dict)  # name -> why the derived value
     warnings: tuple[str, ...] = ()  # one line each, to be logged at start
+    vram_layers: tuple[int, ...] = ()  # layers whose routed experts lie in VRAM; set by resolve
 
     @property
     def command(self) -> str:

@@ -22,6 +22,7 @@ class Option:
     """Everything about one flag except its name, type and default (the dataclass field has those).
 
     auto: how the value is chosen when the default means "choose"; shown instead of the default.
+    low, high: range of a number; a text flag that has one may also be such a number.
     published: the default KTransformers used, when ours differs, with the reason.
     """
 
@@ -120,6 +121,10 @@ def _to_text(name: str, option: Option, text: str) -> str:
     if text.lower() in folded:
         return folded[text.lower()]
     valid = ", ".join(option.choices)
+    if option.low is not None:
+        if text[:1].isdecimal():
+            return show(_to_number(name, float, dataclasses.replace(option, auto=""), text))
+        valid = f"{valid} and a number{' of ' + option.unit if option.unit else ''}"
     raise ConfigError(f"{name} is {text!r}; valid are {valid}{hint(text, option.choices)}")
 
 

@@ -43,6 +43,9 @@ class KvSize:
     num_bytes: int
     reason: str
     host_bytes: int = 0  # RAM a GPU's cache may use as its second tier
+    vram_layers: tuple[int, ...] = ()  # whose routed experts lie in VRAM
+    expert_bytes: int = 0  # what those take
+    expert_reason: str = ""
 
 
 # Given a Config whose device, kv_dtype, page_size, max_batch_size and max_model_len are final
@@ -117,8 +120,13 @@ class _Resolver:
                     "GPUs; use --device cpu."
                 )
             self.put("device", f"cuda:{index}", "given")
+        on_gpu = self.new.get("device", wanted) != "cpu"
+        if on_gpu and self.raw.kv_dtype not in ("auto", "bf16"):
+            self.errors.append(
+                f"--kv_dtype {self.raw.kv_dtype} is not available on a GPU; valid there are auto "
+                "and bf16."
+            )
         if self.raw.kv_dtype == "auto":
-            on_gpu = self.new.get("device", wanted) != "cpu"
             exact = self.model.main_type == "F32" and not on_gpu
             dtype = "bf16" if on_gpu else ("f32" if exact else "f16")
             self.put("kv_dtype", dtype, "GPU" if on_gpu else f"{self.model.main_type} on the CPU")
@@ -154,6 +162,9 @@ class _Resolver:
         if on_gpu and "cpu_memory_size_GB" not in self.raw.sources:
             value = round(size.host_bytes * 1e-9, 3)
             self.put("cpu_memory_size_GB", value, "a quarter of the memory that experts leave free")
+        if on_gpu:
+            self.new["vram_layers"] = size.vram_layers
+            self.put("gpu_expert_mem", f"{size.expert_bytes * 1e-9:.3f}", size.expert_reason)
         limit = 0 if on_gpu else self.raw.cpu_memory_size_GB * 1e9
         if 0 < limit < size.num_bytes:
             tokens = int(tokens * limit / size.num_bytes)

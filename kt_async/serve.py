@@ -23,11 +23,15 @@ from kt_async.api.app import ApiSettings, drain, make_app, make_runner
 from kt_async.config import Config
 from kt_async.demo import demo_model_path
 from kt_async.engine.build import Model, engine_info, load_runner, make_scheduler, size_kv
+from kt_async.engine.restart import watch
+from kt_async.engine.runner import Runner
 from kt_async.engine.service import EngineService
-from kt_async.errors import ConfigError
+from kt_async.errors import ConfigError, EngineError
 from kt_async.ffi.cuda import count_gpus
 from kt_async.ffi.host import query_host
+from kt_async.ffi.scheduler import Scheduler
 from kt_async.model import FORWARDS
+from kt_async.model.dummy import open_dummy
 from kt_async.model.hf_config import load_spec
 from kt_async.model.tensors import check_tensors, expected_tensors
 from kt_async.resolve import HostFacts, ModelFacts, resolve
@@ -36,7 +40,7 @@ from kt_async.text.tokenizer import Tokenizer, load_tokenizer
 from kt_async.weights.generation import recommended_sampling
 from kt_async.weights.loader import check_types
 from kt_async.weights.placement import place
-from kt_async.weights.source import open_model
+from kt_async.weights.source import ModelFiles, open_model
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +61,8 @@ class Prepared:
 
 def prepare(raw: Config) -> Prepared:
     """Open the model, resolve the settings, build the text tools. Raises ConfigError."""
-    path = Path(raw.gguf_path) if raw.gguf_path else demo_model_path()
-    files = open_model(path)
     model_path = Path(raw.model_path) if raw.model_path else None
+    files = _open(raw, model_path)
     spec = load_spec(files, model_path)
     if spec.architecture not in FORWARDS:
         raise ConfigError(
@@ -88,6 +91,16 @@ def prepare(raw: Config) -> Prepared:
     raw = dataclasses.replace(raw, warnings=(*raw.warnings, *placement.warnings))
     config = resolve(raw, facts, machine, lambda config: size_kv(model, host, config))
     return Prepared(config, model, tokenizer, template)
+
+
+def _open(raw: Config, model_path: Path | None) -> ModelFiles:
+    """The model's files, or what stands for them with --load_format dummy."""
+    path = Path(raw.gguf_path) if raw.gguf_path else None
+    if raw.load_format == "dummy" and (path or model_path):
+        return open_dummy(path, model_path)
+    if raw.load_format == "dummy":
+        return open_dummy(demo_model_path(), None)
+    return open_model(path or demo_model_path())
 
 
 def usable_gpus() -> int:
@@ -153,7 +166,8 @@ def api_settings(config: Config) -> ApiSettings:
 
 
 async def serve(raw: Config) -> None:
-    """Serve until a signal. Raises ConfigError before serving starts."""
+    """Serve until a signal. Raises ConfigError before serving starts, EngineError when the engine
+    has failed for good."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     tls = tls_context(raw)
     listener = bind(raw)
@@ -161,9 +175,7 @@ async def serve(raw: Config) -> None:
     config = ready.config
     for warning in config.warnings:
         log.warning("%s", warning)
-    scheduler = make_scheduler(ready.model.spec, config)
-    runner = load_runner(ready.model, config, scheduler)
-    service = EngineService(scheduler, runner, engine_info(ready.model, config))
+    service = EngineService(*load_engine(ready), engine_info(ready.model, config))
     app = make_app(service, ready.tokenizer, ready.template, api_settings(config))
     http = make_runner(app)
     await http.setup()
@@ -173,7 +185,7 @@ async def serve(raw: Config) -> None:
     scheme = "https" if tls else "http"
     log.info("ready: %s on %s://%s:%d", config.model_name, scheme, host, port)
     try:
-        await _wait_for_signal()
+        failure = await _serve_until_end(service, ready)
         log.info("stopping: waiting for %d requests", len(service.running()))
         if not await drain(app, config.shutdown_timeout_s):
             log.warning("requests still running after %g s were ended", config.shutdown_timeout_s)
@@ -182,6 +194,26 @@ async def serve(raw: Config) -> None:
         service.close()
         ready.model.files.close()
     log.info("stopped")
+    if failure is not None:
+        raise failure
+
+
+def load_engine(ready: Prepared) -> tuple[Scheduler, Runner]:
+    """Scheduler and runner of a prepared model; takes as long as the disk needs."""
+    scheduler = make_scheduler(ready.model.spec, ready.config)
+    return scheduler, load_runner(ready.model, ready.config, scheduler)
+
+
+async def _serve_until_end(service: EngineService, ready: Prepared) -> EngineError | None:
+    """Wait for a signal, restarting a failed engine; an error when it stays failed."""
+    policy = ready.config.on_engine_failure
+    guard = asyncio.create_task(watch(service, policy, lambda: load_engine(ready)))
+    stop = asyncio.create_task(_wait_for_signal())
+    await asyncio.wait((guard, stop), return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    guard.cancel()
+    (outcome,) = await asyncio.gather(guard, return_exceptions=True)
+    return outcome if isinstance(outcome, EngineError) else None
 
 
 async def _wait_for_signal() -> None:
@@ -190,6 +222,8 @@ async def _wait_for_signal() -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await stop.wait()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(number)
+    try:
+        await stop.wait()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

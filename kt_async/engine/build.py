@@ -13,14 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from kt_async.config import Config
-from kt_async.engine.memory import (
-    GpuMemoryPlan,
-    KvWish,
-    gib,
-    kv_bytes_per_token,
-    plan_cpu_memory,
-    plan_gpu_memory,
-)
+from kt_async.engine.gpu_memory import ExpertWish, KvWish, gpu_budget, plan_gpu_memory
+from kt_async.engine.memory import check_host_memory, gib, kv_bytes_per_token, plan_cpu_memory
 from kt_async.engine.runner import CpuLimits, CpuRunner, Runner
 from kt_async.engine.types import EngineInfo
 from kt_async.errors import ConfigError
@@ -31,7 +25,7 @@ from kt_async.ffi.scheduler import Scheduler
 from kt_async.model.spec import ModelSpec
 from kt_async.resolve import KvSize
 from kt_async.weights.placement import place
-from kt_async.weights.source import ModelFiles
+from kt_async.weights.source import ModelFiles, TensorInfo
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +34,6 @@ _POLICIES = {
     "FCFS": structs.KT_SCHED_FCFS,
     "FCFS-single-prefill": structs.KT_SCHED_FCFS_SINGLE_PREFILL,
 }
-# Share of the free GPU memory that may be used: a desktop draws from the rest.
-_GPU_SHARE = 0.9
 # Most RAM that evicted KV pages of a GPU take without being asked to.
 _MOST_TIER_BYTES = 16_000_000_000
 # Logit rows beyond one per sequence: how many prompt positions of an echo request one step scores.
@@ -66,13 +58,9 @@ class Model:
 
 
 def size_kv(model: Model, host: HostInfo, config: Config) -> KvSize:
-    """KV cache for `resolve`: checks that weights and cache fit into memory."""
+    """KV cache and place of the experts for `resolve`: checks that everything fits into memory."""
     if config.device != "cpu":
-        gpu = _gpu_plan(model, config)
-        log.info("%s", gpu.describe())
-        left = host.available_bytes - (0 if gpu.experts_in_vram else gpu.expert_bytes)
-        tier = min(_MOST_TIER_BYTES, max(0, left // 4))
-        return KvSize(gpu.num_pages * config.page_size, gpu.kv_bytes, gpu.kv_reason, tier)
+        return _size_gpu(model, host, config)
     plan = plan_cpu_memory(
         model.spec,
         weight_bytes=model.files.total_bytes,
@@ -87,51 +75,90 @@ def size_kv(model: Model, host: HostInfo, config: Config) -> KvSize:
     return KvSize(plan.num_pages * config.page_size, plan.kv_bytes, plan.kv_reason)
 
 
-def _gpu_plan(model: Model, config: Config) -> GpuMemoryPlan:
+def _size_gpu(model: Model, host: HostInfo, config: Config) -> KvSize:
     import torch  # noqa: PLC0415 - seconds to import, and only a GPU needs it
 
-    from kt_async.engine.cuda_build import KERNEL_TYPES  # noqa: PLC0415
+    from kt_async.engine.cuda_build import KERNEL_TYPES, dense_bytes  # noqa: PLC0415
 
-    experts = {n: info for n, info in model.files.tensors.items() if "_exps." in n}
-    expert_bytes = sum(info.num_bytes for info in experts.values())
-    expert_mem = expert_placement(model.spec, config)
-    unreadable = [n for n, info in experts.items() if info.type not in KERNEL_TYPES]
-    if unreadable and expert_mem == "all":
-        name = unreadable[0]
-        raise ConfigError(
-            f"{config.optimize_config_path}: the rules put the routed experts on the GPU, but "
-            f"tensor {name} has type {experts[name].type_name}, for which there is no GPU kernel"
-        )
-    if unreadable:
-        expert_mem = "none"
-    free_bytes = torch.cuda.mem_get_info(_gpu_index(config))[0]
-    return plan_gpu_memory(
+    free_bytes, total_bytes = torch.cuda.mem_get_info(_gpu_index(config))
+    wish = KvWish(
+        config.page_size,
+        config.max_model_len,
+        config.max_batch_size,
+        config.cache_lens or None,
+        config.chunk_size,
+        _KV_TYPES[config.kv_dtype],
+    )
+    plan = plan_gpu_memory(
         model.spec,
-        KvWish(
-            config.page_size,
-            config.max_model_len,
-            config.max_batch_size,
-            config.cache_lens or None,
-        ),
-        dense_bytes=model.files.total_bytes - expert_bytes,
-        expert_bytes=expert_bytes,
-        budget=int(free_bytes * _GPU_SHARE),
-        expert_mem=expert_mem,
+        wish,
+        expert_wish(model, config, KERNEL_TYPES),
+        dense_bytes=dense_bytes(model.files),
+        budget=gpu_budget(free_bytes, total_bytes, config.gpu_memory_utilization),
+    )
+    log.info("%s", plan.describe())
+    given = "cpu_memory_size_GB" in config.sources and config.prefix_cache
+    check_host_memory(
+        plan.host_bytes,
+        round(config.cpu_memory_size_GB * 1e9) if given else 0,
+        host.available_bytes,
+    )
+    tier = min(_MOST_TIER_BYTES, (host.available_bytes - plan.host_bytes) // 4)
+    return KvSize(
+        plan.num_pages * config.page_size,
+        plan.kv_bytes,
+        plan.kv_reason,
+        tier,
+        plan.vram_layers,
+        plan.expert_bytes,
+        plan.expert_reason,
     )
 
 
-def expert_placement(spec: ModelSpec, config: Config) -> str:
-    """Where a rule file wants the routed experts: all or none in VRAM; auto without a file."""
-    if not config.optimize_config_path:
-        return "auto"
+def expert_wish(model: Model, config: Config, kernel_types: frozenset[int]) -> ExpertWish:
+    """Which layers' routed experts should lie in VRAM: a rule file decides, else --gpu_expert_mem.
+
+    Raises ConfigError for a layer that must and whose type has no GPU kernel.
+    """
+    layer_bytes: dict[int, int] = {}
+    unusable: dict[int, TensorInfo] = {}
+    for name, info in model.files.tensors.items():
+        if "_exps." in name:
+            layer = int(name.split(".")[1])
+            layer_bytes[layer] = layer_bytes.get(layer, 0) + info.num_bytes
+            if info.type not in kernel_types:
+                unusable[layer] = info
+    layers, limit, origin = None, None, f"--gpu_expert_mem {config.gpu_expert_mem}"
+    if config.optimize_config_path:
+        layers, origin = rule_layers(model.spec, config), config.optimize_config_path
+    elif config.gpu_expert_mem == "all":
+        layers = frozenset(layer_bytes)
+    elif config.gpu_expert_mem != "auto":
+        limit = round(float(config.gpu_expert_mem) * 1e9)
+    refused = sorted((layers or frozenset()) & unusable.keys())
+    if refused:
+        info = unusable[refused[0]]
+        raise ConfigError(
+            f"{origin} puts the routed experts on the GPU, but tensor {info.name} has type "
+            f"{info.type_name}, for which there is no GPU kernel"
+        )
+    usable = frozenset(layer_bytes.keys() - unusable.keys())
+    return ExpertWish(layer_bytes, usable, layers, limit, origin)
+
+
+def rule_layers(spec: ModelSpec, config: Config) -> frozenset[int]:
+    """Layers whose routed experts a rule file puts on a GPU."""
     placement = place(
         spec,
         rules_path=config.optimize_config_path,
         device=config.device,
         num_gpus=_gpu_index(config) + 1,
     )
-    on_cpu = [p.device == "cpu" for p in placement.modules if p.module.kind == "experts"]
-    return "none" if any(on_cpu) else "all"
+    return frozenset(
+        int(placed.module.tensors[0].split(".")[1])
+        for placed in placement.modules
+        if placed.module.kind == "experts" and placed.device != "cpu"
+    )
 
 
 def _gpu_index(config: Config) -> int:
@@ -198,7 +225,7 @@ def _gpu_runner(model: Model, config: Config, scheduler: Scheduler, pool: Pool) 
         num_host_pages=num_host_pages(model.spec, config),
     )
     options = CudaOptions(
-        experts_in_vram=_gpu_plan(model, config).experts_in_vram,
+        vram_layers=config.vram_layers,
         use_graphs=config.use_cuda_graph,
         cache_dir=Path.home() / ".cache" / "kt_async",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from kt_async.engine.cpu_program import ProgramRecorder
 from kt_async.engine.cuda_args import MatrixArg
-from kt_async.engine.cuda_experts import VramExperts, moe_names
+from kt_async.engine.cuda_experts import Names, VramExperts, moe_names
 from kt_async.engine.cuda_kv import KvPages
 from kt_async.engine.cuda_offload import HandoffBuffers, HandoffExperts, StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
@@ -39,15 +40,32 @@ _HANDOFF_LIMIT_TICKS = 20_000_000_000  # about ten seconds of clock64
 
 @dataclass(frozen=True, slots=True)
 class CudaOptions:
-    """What decides how a model is spread between GPU and CPU."""
+    """What decides how a model is spread between GPU and CPU.
 
-    experts_in_vram: bool
+    experts_in_vram: all routed experts; vram_layers: those of these layers, otherwise.
+    """
+
+    experts_in_vram: bool = False
     use_graphs: bool = True
     cache_dir: Path | None = None
     show_progress: bool | None = None
     # From so many rows on, experts on the CPU are copied for prefill: bench/gpu.py measured 0.31 s a
     # chunk for copying all of Qwen3-30B-A3B Q4_K_M and 0.31 s on 16 AMX cores for 64 rows.
     stream_rows: int = 96
+    vram_layers: tuple[int, ...] = ()
+
+
+def dense_bytes(files: ModelFiles) -> int:
+    """Bytes in VRAM of everything that is not a routed expert; types without a kernel as bf16."""
+    total = 0
+    for name, info in files.tensors.items():
+        if "_exps." in name:
+            continue
+        if info.type in KERNEL_TYPES or info.type in _FLOATS:
+            total += info.num_bytes
+        else:
+            total += 2 * math.prod(info.shape)
+    return total
 
 
 @dataclass(slots=True)
@@ -107,12 +125,10 @@ def load_cuda_runner(
     loader = _Loader(files, pool)
     recorder = ProgramRecorder(files)
     FORWARDS[spec.architecture](recorder, spec)
-    names = moe_names(spec)
+    names = cpu_layers(spec, options)
     expert_tensors = {name for layer in names for name in layer}
     uses = [u for u in recorder.weight_uses() if u[0] in files.tensors]
-    cpu_experts = (
-        None if options.experts_in_vram else ExpertSet(pool, layout.max_tokens, spec.top_k)
-    )
+    cpu_experts = ExpertSet(pool, layout.max_tokens, spec.top_k) if names else None
     _load_tensors(loader, uses, expert_tensors, cpu_experts, names, options)
     types = {files.tensors[name].type for name, _ in uses} & KERNEL_TYPES
     kernels = Kernels(_compile(types, options.cache_dir))
@@ -123,7 +139,7 @@ def load_cuda_runner(
         readable = all(files.tensors[name].type in KERNEL_TYPES for name in expert_tensors)
         prefill.copy_cost_rows = options.stream_rows if readable else _NEVER
     ops = CudaOps(kernels, loader.weights, pages, limits.page_size, prefill)
-    return CudaRunner(
+    runner = CudaRunner(
         ops,
         spec,
         layout,
@@ -134,13 +150,30 @@ def load_cuda_runner(
         use_graphs=options.use_graphs,
     )
 
+    def free() -> None:
+        if cpu_experts is not None:
+            unpin_experts(cpu_experts, len(names))
+            cpu_experts.close()
+        pool.close()
+
+    runner.on_close = free
+    return runner
+
+
+def cpu_layers(spec: ModelSpec, options: CudaOptions) -> list[Names]:
+    """Expert tensors of the layers whose experts the CPU keeps."""
+    if options.experts_in_vram:
+        return []
+    in_vram = {f"blk.{layer}" for layer in options.vram_layers}
+    return [names for names in moe_names(spec) if names[0].rpartition(".ffn_")[0] not in in_vram]
+
 
 def _load_tensors(
     loader: _Loader,
     uses: list[tuple[str, int]],
     expert_tensors: set[str],
     cpu_experts: ExpertSet | None,
-    names: list[tuple[str, str, str]],
+    names: list[Names],
     options: CudaOptions,
 ) -> None:
     files = loader.files
@@ -177,11 +210,11 @@ def _expert_backends(
     spec: ModelSpec,
     layout: structs.BlockLayout,
     cpu_experts: ExpertSet | None,
-    names: list[tuple[str, str, str]],
+    names: list[Names],
 ) -> tuple[RoutedExperts, RoutedExperts, Handoff]:
+    packed = {n: w for n, w in loader.weights.items() if isinstance(w, PackedMatrix)}
+    vram = VramExperts(packed)
     if cpu_experts is None:
-        packed = {n: w for n, w in loader.weights.items() if isinstance(w, PackedMatrix)}
-        vram = VramExperts(packed)
         return vram, vram, Handoff(structs.sized(structs.HandoffConfig), None)
     rows = layout.max_rows
     buffers = HandoffBuffers.allocate(len(names), rows, spec.hidden_size, spec.top_k)
@@ -197,7 +230,7 @@ def _expert_backends(
         done=buffers.done.data_ptr(),
     )
     layer_of = {layer[0]: number for number, layer in enumerate(names)}
-    decode = HandoffExperts(buffers, layer_of, _HANDOFF_LIMIT_TICKS)
+    decode = HandoffExperts(buffers, layer_of, _HANDOFF_LIMIT_TICKS, vram)
     layer_bytes = max(
         sum(-(-spec.num_experts * loader.shapes[name].expert_bytes // 256) * 256 for name in layer)
         for layer in names
@@ -210,6 +243,7 @@ def _expert_backends(
         num_experts=spec.num_experts,
         copy_cost_rows=0,
         stream=torch.cuda.Stream(),
+        vram=vram,
         buffers=[torch.empty(layer_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)],
     )
     return decode, prefill, Handoff(config, cpu_experts)
@@ -228,6 +262,15 @@ def pin_experts(experts: ExpertSet, num_layers: int) -> None:
                     log.warning("experts cannot be pinned (%s): long prompts copy slower", status)
                     return
     log.info("pinned the experts in %.1f s", time.monotonic() - begin)
+
+
+def unpin_experts(experts: ExpertSet, num_layers: int) -> None:
+    """Undo pin_experts before the memory is freed; parts that were not pinned do not matter."""
+    runtime = torch.cuda.cudart()
+    for layer in range(num_layers):
+        for which in range(3):
+            for part in experts.parts(layer, which):
+                runtime.cudaHostUnregister(part.data.ctypes.data)
 
 
 def _compile(types: set[int], cache_dir: Path | None) -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kt_async.engine.cuda_args import MatrixArg
-from kt_async.engine.cuda_experts import Names, grouped_multiply
+from kt_async.engine.cuda_experts import Names, VramExperts, grouped_multiply
 from kt_async.engine.cuda_ops import CudaOps
 from kt_async.engine.cuda_values import PackedMatrix, Rows
 from kt_async.ffi.handoff import ExpertSet
@@ -65,6 +65,7 @@ class HandoffExperts:
     buffers: HandoffBuffers
     layer_of: Mapping[str, int]  # gate tensor name -> MoE layer index
     limit_ticks: int  # of clock64, after which a silent CPU is an error
+    vram: VramExperts  # computes the layers that are not in layer_of
 
     def __call__(
         self,
@@ -75,6 +76,8 @@ class HandoffExperts:
         weights: torch.Tensor,
         names: Names,
     ) -> torch.Tensor:
+        if names[0] not in self.layer_of:
+            return self.vram(ops, x, residual, ids, weights, names)
         assert x.f32 is not None
         layer, b = self.layer_of[names[0]], self.buffers
         num_x = x.count * x.width
@@ -127,6 +130,7 @@ class StreamedExperts:
     num_experts: int
     copy_cost_rows: int
     stream: torch.cuda.Stream
+    vram: VramExperts  # computes the layers that are not in layer_of
     buffers: list[torch.Tensor] = field(default_factory=list)
     _ready: dict[int, tuple[list[torch.Tensor], torch.cuda.Event]] = field(default_factory=dict)
     _free: list[torch.cuda.Event | None] = field(default_factory=lambda: [None, None])
@@ -137,7 +141,7 @@ class StreamedExperts:
     def begin_step(self, rows: int, names: list[Names]) -> None:
         """Called before a forward: forgets copies of the last step and starts the first one."""
         self._ready.clear()
-        self._names = names
+        self._names = [layer for layer in names if layer[0] in self.layer_of]
         self._streams = rows >= self.copy_cost_rows
         if self._streams:
             self._start_copy(0)
@@ -151,6 +155,8 @@ class StreamedExperts:
         weights: torch.Tensor,
         names: Names,
     ) -> torch.Tensor:
+        if names[0] not in self.layer_of:
+            return self.vram(ops, x, residual, ids, weights, names)
         layer = self.layer_of[names[0]]
         if not self._streams:
             return residual + self._on_cpu(layer, x, ids, weights)

@@ -91,6 +91,7 @@ class CudaRunner:
         self._ops, self._spec, self._limits, self._pages = ops, spec, limits, ops.pages
         self._decode_experts, self._prefill_experts = decode_experts, prefill_experts
         self._handoff = handoff
+        self.on_close: Callable[[], None] = lambda: None  # frees what the runner was given
         self._layout = layout
         self.block = Block(layout)
         self._forward: Callable[..., object] = FORWARDS[spec.architecture]
@@ -168,6 +169,7 @@ class CudaRunner:
     def close(self) -> None:
         self._graphs.clear()
         self._handoff.close()
+        self.on_close()
 
     # ---- one forward
 

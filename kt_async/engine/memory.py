@@ -12,10 +12,10 @@ _KV_BYTES = {structs.KT_KV_F32: 4, structs.KT_KV_F16: 2, structs.KT_KV_BF16: 2}
 # Allowance for interpreter, libraries, tokenizer, step buffers and one tensor being packed. Measured
 # peaks beside weights and cache: 85 MiB with the demo model, 210 MiB with Qwen3-30B-A3B's shapes and
 # 152k tokens; a real tokenizer's merges come on top. Documented limit: 1.15 x file + 700 MB in all.
-_PROCESS_BYTES = 400 << 20
+PROCESS_BYTES = 400 << 20
 # Share of the memory left after the weights that an automatic KV cache may take.
 _AUTO_KV_SHARE = 0.5
-_AUTO_KV_TOKENS = 131_072
+AUTO_KV_TOKENS = 131_072
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,9 @@ def kv_bytes_per_token(spec: ModelSpec, kv_type: int) -> int:
     return spec.num_layers * width * _KV_BYTES[kv_type]
 
 
-def _wanted_tokens(max_batch_size: int, max_model_len: int) -> int:
+def wanted_tokens(max_batch_size: int, max_model_len: int) -> int:
     """KV capacity worth having: every row at full length, capped, but never less than one row."""
-    return min(max_batch_size * max_model_len, max(_AUTO_KV_TOKENS, max_model_len))
+    return min(max_batch_size * max_model_len, max(AUTO_KV_TOKENS, max_model_len))
 
 
 def plan_cpu_memory(
@@ -79,17 +79,17 @@ def plan_cpu_memory(
     Raises ConfigError with the numbers.
     """
     per_token = kv_bytes_per_token(spec, kv_type)
-    left = available_bytes - weight_bytes - _PROCESS_BYTES
+    left = available_bytes - weight_bytes - PROCESS_BYTES
     if left <= 0:
         raise ConfigError(
-            f"the model needs {gib(weight_bytes)} for its weights and {gib(_PROCESS_BYTES)} for "
+            f"the model needs {gib(weight_bytes)} for its weights and {gib(PROCESS_BYTES)} for "
             f"the process, but only {gib(available_bytes)} of memory is available"
         )
     if cache_lens is not None:
         tokens = cache_lens
         reason = f"{cache_lens} tokens from --cache_lens"
     else:
-        wanted = _wanted_tokens(max_batch_size, max_model_len)
+        wanted = wanted_tokens(max_batch_size, max_model_len)
         fits = int(left * _AUTO_KV_SHARE) // per_token
         tokens = max(min(wanted, fits), page_size)
         reason = f"{tokens} tokens chosen for {max_batch_size} rows and the free memory"
@@ -101,94 +101,19 @@ def plan_cpu_memory(
             f"{gib(available_bytes)} after weights ({gib(weight_bytes)}) and process; the largest "
             f"value that fits is {left // (per_token * page_size) * page_size}"
         )
-    return MemoryPlan(weight_bytes, kv_bytes, num_pages, _PROCESS_BYTES, available_bytes, reason)
+    return MemoryPlan(weight_bytes, kv_bytes, num_pages, PROCESS_BYTES, available_bytes, reason)
 
 
-# Activations, graphs and library workspaces of a GPU engine at a chunk of 2048 tokens.
-_GPU_WORK_BYTES = 1536 << 20
-# Share of the GPU memory left after the weights that an automatic KV cache may take.
-_GPU_KV_SHARE = 0.5
+def check_host_memory(expert_bytes: int, tier_bytes: int, available_bytes: int) -> None:
+    """Check the RAM of a GPU engine: experts that stay there and evicted KV pages.
 
-
-@dataclass(frozen=True, slots=True)
-class GpuMemoryPlan:
-    """What lies in VRAM. experts_in_vram: all routed experts, else none."""
-
-    dense_bytes: int
-    expert_bytes: int
-    kv_bytes: int
-    num_pages: int
-    work_bytes: int
-    budget_bytes: int
-    experts_in_vram: bool
-    kv_reason: str
-
-    def describe(self) -> str:
-        """One line for the start-up log."""
-        experts = gib(self.expert_bytes)
-        place = f"experts {experts}" if self.experts_in_vram else f"experts on the CPU ({experts})"
-        needed = self.dense_bytes + self.kv_bytes + self.work_bytes
-        needed += self.expert_bytes if self.experts_in_vram else 0
-        return (
-            f"GPU memory: dense weights {gib(self.dense_bytes)}, {place}, KV cache "
-            f"{gib(self.kv_bytes)} ({self.kv_reason}), work {gib(self.work_bytes)}; needs "
-            f"{gib(needed)} of {gib(self.budget_bytes)}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class KvWish:
-    """What the KV cache should hold; cache_lens None = choose."""
-
-    page_size: int
-    max_model_len: int
-    max_batch_size: int
-    cache_lens: int | None
-
-
-def plan_gpu_memory(
-    spec: ModelSpec,
-    kv: KvWish,
-    *,
-    dense_bytes: int,
-    expert_bytes: int,
-    budget: int,
-    expert_mem: str,
-) -> GpuMemoryPlan:
-    """Divide a GPU: dense weights first, then one sequence's KV, experts if all fit, more KV.
-
-    budget: bytes that may be used. expert_mem: auto, all or none. Experts on the CPU keep two layers of staging room in VRAM for
-    long prompts. Raises ConfigError with the numbers.
+    Raises ConfigError with the numbers.
     """
-    per_page = kv_bytes_per_token(spec, structs.KT_KV_BF16) * kv.page_size
-    staging = 2 * expert_bytes // max(1, spec.num_layers - spec.num_dense_layers)
-    fewest = -(-min(kv.cache_lens or kv.max_model_len, _AUTO_KV_TOKENS) // kv.page_size) * per_page
-    fixed = dense_bytes + _GPU_WORK_BYTES
-    fits_all = fixed + staging + expert_bytes + fewest <= budget
-    in_vram = expert_mem == "all" or (expert_mem == "auto" and fits_all)
-    work = _GPU_WORK_BYTES + staging
-    left = budget - dense_bytes - work - (expert_bytes if in_vram else 0)
-    if left < per_page:
-        experts = f", experts {gib(expert_bytes)}" if in_vram else ""
+    needed = expert_bytes + tier_bytes + PROCESS_BYTES
+    if needed > available_bytes:
+        tier = f", {gib(tier_bytes)} for KV pages (--cpu_memory_size_GB)" if tier_bytes else ""
         raise ConfigError(
-            f"the GPU has {gib(budget)} to use, but dense weights take {gib(dense_bytes)}"
-            f"{experts} and work memory {gib(work)}; free some, keep the experts on the CPU with a "
-            "rule file such as Qwen3Moe-serve.yaml, or use --device cpu"
+            f"the model needs {gib(expert_bytes)} of RAM for the experts on the CPU{tier} and "
+            f"{gib(PROCESS_BYTES)} for the process, but only {gib(available_bytes)} of memory is "
+            "available"
         )
-    if kv.cache_lens is not None:
-        tokens, reason = kv.cache_lens, f"{kv.cache_lens} tokens from --cache_lens"
-    else:
-        wanted = _wanted_tokens(kv.max_batch_size, kv.max_model_len)
-        tokens = max(
-            kv.page_size, min(wanted, int(left * _GPU_KV_SHARE) // per_page * kv.page_size)
-        )
-        reason = f"{tokens} tokens chosen for {kv.max_batch_size} rows and the free GPU memory"
-    num_pages = max(1, -(-tokens // kv.page_size))
-    if num_pages * per_page > left:
-        raise ConfigError(
-            f"--cache_lens {tokens} needs {gib(num_pages * per_page)} of GPU memory, but "
-            f"{gib(left)} is left; the largest value that fits is {left // per_page * kv.page_size}"
-        )
-    return GpuMemoryPlan(
-        dense_bytes, expert_bytes, num_pages * per_page, num_pages, work, budget, in_vram, reason
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from kt_async.engine.loop import Delivery, EngineLoop
 from kt_async.engine.runner import Runner, StepResult
@@ -132,17 +132,41 @@ class EngineService:
 
     def __init__(self, scheduler: Scheduler, runner: Runner, info: EngineInfo) -> None:
         self.info = info
-        self._scheduler = scheduler
-        self._runner = runner
         self._living: dict[int, LiveGeneration] = {}
         self._ids = itertools.count(1)
         self._failure: str | None = None
-        self._started_ns = time.monotonic_ns()
+        self._failed = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        self._last_stats: Mapping[str, float] = {}
+        self._adopt(scheduler, runner)
+
+    def _adopt(self, scheduler: Scheduler, runner: Runner) -> None:
+        self._scheduler: Scheduler | None = scheduler
+        self._runner: Runner | None = runner
         self._engine = EngineLoop(scheduler, runner, self._from_engine)
+        self._started_ns = time.monotonic_ns()
 
     def start(self) -> None:
         self._engine.start()
+
+    async def wait_failure(self) -> str:
+        """Return why the engine has ended, once it has."""
+        await self._failed.wait()
+        return self._failure or "unknown failure"
+
+    async def restart(self, load: Callable[[], tuple[Scheduler, Runner]]) -> None:
+        """Free the failed engine, load a new one and start it; the loop stays responsive.
+
+        load runs in a thread; what it raises leaves the service failed and without an engine.
+        """
+        self._last_stats = self.stats()
+        free = self._detach()
+        await asyncio.to_thread(free)
+        scheduler, runner = await asyncio.to_thread(load)
+        self._adopt(scheduler, runner)
+        self._failure = None
+        self._failed.clear()
+        self.start()
 
     @property
     def healthy(self) -> bool:
@@ -153,7 +177,7 @@ class EngineService:
         return self._failure
 
     def submit(self, request: GenerationRequest) -> LiveGeneration:
-        if self._failure is not None:
+        if self._failure is not None or self._scheduler is None:
             raise RequestError(503, f"the engine has failed: {self._failure}", code="engine_failed")
         generation = LiveGeneration(self, next(self._ids), request)
         # Registered first: the engine may answer before submit returns.
@@ -175,9 +199,12 @@ class EngineService:
         return generation
 
     def cancel(self, seq_id: int) -> None:
-        self._scheduler.cancel(seq_id)
+        if self._scheduler is not None:
+            self._scheduler.cancel(seq_id)
 
     def stats(self) -> Mapping[str, float]:
+        if self._scheduler is None or self._runner is None:
+            return self._last_stats
         values: dict[str, float] = dict(self._scheduler.stats())
         values.update({f"runner_{k}": v for k, v in self._runner.stats().items()})
         values["engine_host_ns"] = self._engine.host_ns
@@ -189,13 +216,24 @@ class EngineService:
 
     def close(self) -> None:
         """Stop the engine thread and free the model; blocks for at most one step."""
-        self._engine.stop()
-        self._scheduler.close()
-        self._runner.close()
+        self._detach()()
+
+    def _detach(self) -> Callable[[], None]:
+        """Forget the engine, so that no call reaches it any more; the result frees it."""
+        engine, scheduler, runner = self._engine, self._scheduler, self._runner
+        self._scheduler = self._runner = None
+
+        def free() -> None:
+            if scheduler is not None and runner is not None:  # else a restart has failed
+                engine.stop()
+                scheduler.close()
+                runner.close()
+
+        return free
 
     def _retry_after(self) -> int:
         """Seconds after which a place in the queue is likely, from recent throughput."""
-        stats = self._scheduler.stats()
+        stats = self.stats()
         uptime_s = max(1.0, (time.monotonic_ns() - self._started_ns) * 1e-9)
         finished_per_s = stats["finished"] / uptime_s
         return min(60, max(1, round(1.0 / finished_per_s))) if finished_per_s > 0 else 5
@@ -228,6 +266,7 @@ class EngineService:
 
     def _fail_all(self, message: str) -> None:
         self._failure = message
+        self._failed.set()
         living = list(self._living.values())
         self._living.clear()
         for generation in living:

@@ -46,6 +46,17 @@ _SCALES: dict[str, tuple[tuple[int, float], ...]] = {
 _SIGNED = frozenset({"Q4_0", "Q5_0", "Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS"})
 _TILE_BYTES = 1 << 20
 
+# Mixed recipes: name -> (usual type, type of the matrices that get more bits, output's type).
+_MIXES = {
+    "Q2_K": ("Q2_K", "Q3_K", "Q6_K"),
+    "Q3_K_M": ("Q3_K", "Q5_K", "Q6_K"),
+    "Q4_K_S": ("Q4_K", "Q4_K", "Q6_K"),
+    "Q4_K_M": ("Q4_K", "Q6_K", "Q6_K"),
+    "Q5_K_M": ("Q5_K", "Q6_K", "Q6_K"),
+}
+QUANTS = (*_MIXES, "Q6_K", "Q8_0", "Q4_0", "Q5_0", "IQ4_XS", "IQ4_NL", "MXFP4",
+          "F16", "BF16", "F32")  # fmt: skip
+
 # (tensor name, layer index or -1, number of layers) -> type name
 Recipe = Callable[[str, int, int], str]
 
@@ -97,35 +108,83 @@ def _float_bytes(type_name: str, values: npt.NDArray[np.float32]) -> npt.NDArray
     return values.astype("<f4").view(np.uint8)
 
 
+class Noise:
+    """Random bytes for tensors of any size; tensors of the same type and spread share one tile.
+
+    A tensor starts inside the tile at an offset of its own, so that two tensors, or two experts,
+    are not equal.
+    """
+
+    def __init__(self, seed: int, tile_bytes: int = _TILE_BYTES) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._tile_bytes = tile_bytes
+        self._tiles: dict[tuple[str, float], npt.NDArray[np.uint8]] = {}
+
+    @staticmethod
+    def can_make(type_name: str) -> bool:
+        """Whether there are random blocks of this type."""
+        return type_name in _SCALES or type_name in ("F32", "F16", "BF16", "MXFP4")
+
+    def chunks(
+        self, name: str, kind: int, shape: tuple[int, ...]
+    ) -> Iterator[npt.NDArray[np.uint8]]:
+        """The tensor's bytes in order, u8 pieces of any size. Norms are not all ones."""
+        type_name, block, block_bytes = TYPES[kind]
+        if len(shape) == 1 and block == 1:
+            values = _vector(name, shape[0], self._rng)
+            return iter([_float_bytes(type_name, values).reshape(-1)])
+        key = (type_name, _std(name, shape))
+        if key not in self._tiles:
+            # An odd number of blocks never divides a row or an expert evenly.
+            count = self._tile_bytes // block_bytes | 1
+            self._tiles[key] = random_blocks(type_name, count, key[1], self._rng)
+        start = int(self._rng.integers(len(self._tiles[key])))
+        count = 1
+        for dim in shape:
+            count *= dim
+        return _repeat(self._tiles[key], start, count // block)
+
+
+def tensor_types(spec: ModelSpec, recipe: Recipe) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """(name, ggml type, shape) of every tensor of the model; vectors are F32."""
+    for name, shape in expected_tensors(spec).items():
+        if len(shape) == 1:
+            yield name, TYPE_IDS["F32"], shape
+            continue
+        layer = int(name.split(".")[1]) if name.startswith("blk.") else -1
+        yield name, TYPE_IDS[fitting_type(recipe(name, layer, spec.num_layers), shape[-1])], shape
+
+
 def random_tensors(
     spec: ModelSpec, recipe: Recipe, seed: int, tile_bytes: int = _TILE_BYTES
 ) -> list[TensorData]:
-    """Return every tensor of the model, drawn so that activations stay near 1 in every layer.
+    """Return every tensor of the model, drawn so that activations stay near 1 in every layer."""
+    noise = Noise(seed, tile_bytes)
+    return [
+        TensorData(name, kind, shape, noise.chunks(name, kind, shape))
+        for name, kind, shape in tensor_types(spec, recipe)
+    ]
 
-    Norms are not all ones. The same (type, std) shares one tile; a tensor starts inside it at
-    an offset of its own, so that two tensors, or two experts, are not equal.
-    """
-    rng = np.random.default_rng(seed)
-    tiles: dict[tuple[str, float], npt.NDArray[np.uint8]] = {}
-    result = []
-    for name, shape in expected_tensors(spec).items():
-        if len(shape) == 1:
-            raw = _vector(name, shape[0], rng).tobytes()
-            result.append(TensorData(name, TYPE_IDS["F32"], shape, [raw]))
-            continue
-        layer = int(name.split(".")[1]) if name.startswith("blk.") else -1
-        type_name = fitting_type(recipe(name, layer, spec.num_layers), shape[-1])
-        kind = TYPE_IDS[type_name]
-        block_bytes = TYPES[kind][2]
-        key = (type_name, _std(name, shape))
-        if key not in tiles:
-            # An odd number of blocks never divides a row or an expert evenly.
-            tiles[key] = random_blocks(type_name, tile_bytes // block_bytes | 1, key[1], rng)
-        tensor = TensorData(name, kind, shape, ())
-        start = int(rng.integers(len(tiles[key])))
-        chunks = _repeat(tiles[key], start, tensor.num_bytes // block_bytes)
-        result.append(TensorData(name, kind, shape, chunks))
-    return result
+
+def recipe_for(quant: str) -> Recipe:
+    """Return the types of a quantisation as llama-quantize lays them out: in a mix half of the
+    layers get more bits for attn_v and ffn_down. Raises ValueError for an unknown name."""
+    if quant not in QUANTS:
+        raise ValueError(f"quantisation '{quant}' is unknown; known are {', '.join(QUANTS)}")
+    usual, more, output = _MIXES.get(quant, (quant, quant, quant))
+
+    def recipe(name: str, layer: int, num_layers: int) -> str:
+        if "ffn_gate_inp" in name:
+            return "F32"  # routers are never quantised
+        if name == "output.weight":
+            return output
+        if "attn_v" not in name and "ffn_down" not in name:
+            return usual
+        eighth = num_layers // 8
+        outer = layer < eighth or layer >= 7 * num_layers // 8
+        return more if outer or (layer - eighth) % 3 == 2 else usual
+
+    return recipe
 
 
 def fitting_type(type_name: str, cols: int) -> str:
@@ -152,11 +211,11 @@ def _vector(name: str, size: int, rng: np.random.Generator) -> npt.NDArray[np.fl
     return noise * np.float32(size**-0.5) if "shexp" in name else noise
 
 
-def _repeat(tile: npt.NDArray[np.uint8], start: int, count: int) -> Iterator[Any]:
+def _repeat(tile: npt.NDArray[np.uint8], start: int, count: int) -> Iterator[npt.NDArray[np.uint8]]:
     """Yield `count` blocks, going round and round the tile from block `start` on."""
     while count:
         part = tile[start : start + count]
-        yield part.data
+        yield part.reshape(-1)
         count -= len(part)
         start = 0
 

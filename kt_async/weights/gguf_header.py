@@ -110,14 +110,18 @@ class Header:
     tensors: dict[str, TensorInfo]
 
 
-def read_header(path: Path, data: mmap.mmap) -> Header:
-    """Parse the header of the file mapped as `data`; `path` is used in messages only."""
-    return _Reader(path, data).read()
+def read_header(path: Path, data: mmap.mmap, *, header_only: bool = False) -> Header:
+    """Parse the header of the file mapped as `data`; `path` is used in messages only.
+
+    header_only: tensors may lie beyond the end of the file.
+    """
+    return _Reader(path, data, header_only).read()
 
 
 class _Reader:
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: mmap.mmap, header_only: bool) -> None:
         self.path = path
+        self.header_only = header_only
         self.data = data
         self.size = len(data)
         self.pos = 0
@@ -272,7 +276,7 @@ class _Reader:
             raise self.error(f"tensor '{name}' is misaligned: offset {offset} of {alignment}")
         num_bytes = count // block * block_bytes
         begin = start + offset
-        if begin + num_bytes > self.size:
+        if begin + num_bytes > self.size and not self.header_only:
             raise self.error(
                 f"is truncated: tensor '{name}' ends at byte {begin + num_bytes}, "
                 f"the file at {self.size}"

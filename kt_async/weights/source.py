@@ -83,13 +83,14 @@ class ModelFiles:
             self._maps[info.file].madvise(option, first, end - first)
 
 
-def open_model(path: Path) -> ModelFiles:
+def open_model(path: Path, *, header_only: bool = False) -> ModelFiles:
     """Open a GGUF file, any shard of a split model, or the directory that holds one model.
 
+    header_only: the files may end anywhere after their headers; no tensor may then be read.
     Raises ConfigError with one sentence naming the file (and tensor) for anything wrong.
     """
     files = {shard: _map_file(shard) for shard in _shards(_find(path))}
-    headers = [read_header(shard, data) for shard, data in files.items()]
+    headers = [read_header(shard, data, header_only=header_only) for shard, data in files.items()]
     _check_split(list(files), headers)
     return ModelFiles(files, headers)
 

@@ -138,3 +138,34 @@ def test_secrets_are_hidden() -> None:
 )
 def test_nearest(wrong: str, right: str | None) -> None:
     assert nearest(wrong, [name for name, _, _ in options()]) == right
+
+
+def test_a_text_flag_with_a_range_takes_a_number_too() -> None:
+    option = next(o for name, _, o in options() if name == "gpu_expert_mem")
+    for given, wanted in (
+        ("auto", "auto"),
+        ("ALL", "all"),
+        ("8", "8"),
+        ("2.50", "2.5"),
+        ("0", "0"),
+    ):
+        assert convert("--gpu_expert_mem", str, option, given) == wanted
+    with pytest.raises(ConfigError, match="valid are auto, all and a number of GB; did you mean"):
+        convert("--gpu_expert_mem", str, option, "al")
+    with pytest.raises(ConfigError, match="between 0 and 1000000 GB"):
+        convert("--gpu_expert_mem", str, option, "1e9")
+
+
+def test_a_gpu_refuses_cache_types_it_has_not() -> None:
+    with pytest.raises(ConfigError, match=r"--kv_dtype f16 .* valid there are auto and bf16"):
+        resolved(HostFacts(8, 4, 1), kv_dtype="f16")
+
+
+def test_the_place_of_experts_is_decided_once() -> None:
+    def size(config: Config) -> KvSize:
+        return KvSize(1024, 1, "chosen", 0, (0, 1), 2_500_000_000, "2 of 4 layers")
+
+    config = resolve(Config(), MODEL, HostFacts(8, 4, 1), size)
+    assert config.vram_layers == (0, 1)
+    assert config.gpu_expert_mem == "2.500"
+    assert config.reasons["gpu_expert_mem"] == "2 of 4 layers"

@@ -45,7 +45,7 @@ NOT_ON_THE_LOOP = {"torch", "requests", "subprocess", "threading", "multiprocess
 
 # File -> lines it may have instead of 300 (Python) or 800 (native). Each is one thing that would not get clearer in halves.
 LONG_FILES = {
-    "kt_async/config.py": 400,  # the table of flags
+    "kt_async/config.py": 450,  # the table of flags
     "kt_async/api/schema.py": 420,  # every field of two request bodies
     "kt_async/api/choices.py": 400,  # one choice from tokens to finish reason
     "kt_async/api/openai.py": 400,  # the handlers of the OpenAI routes

@@ -12,7 +12,14 @@ from gguf import GGMLQuantizationType, quants
 from bench import synthetic
 from kt_async.demo import DEMO_SPEC
 from kt_async.model.spec import spec_from_gguf
-from kt_async.model.synthetic import _SCALES, fitting_type, random_blocks, random_tensors
+from kt_async.model.synthetic import (
+    _SCALES,
+    QUANTS,
+    fitting_type,
+    random_blocks,
+    random_tensors,
+    recipe_for,
+)
 from kt_async.model.tensors import check_tensors
 from kt_async.text.tokenizer import load_tokenizer
 from kt_async.weights.source import TYPE_IDS, TYPES, open_model
@@ -56,22 +63,22 @@ def test_types_that_do_not_divide_a_row_are_replaced() -> None:
     ],
 )
 def test_shapes_have_the_real_sizes(shape: str, quant: str, size: float) -> None:
-    tensors = random_tensors(synthetic.SHAPES[shape], synthetic.recipe_for(quant), 1, 1 << 14)
+    tensors = random_tensors(synthetic.SHAPES[shape], recipe_for(quant), 1, 1 << 14)
     assert sum(tensor.num_bytes for tensor in tensors) / 1e9 == pytest.approx(size, rel=0.005)
 
 
 def test_mixed_recipe_gives_half_of_the_layers_more_bits() -> None:
-    recipe = synthetic.recipe_for("Q4_K_M")
+    recipe = recipe_for("Q4_K_M")
     down = [recipe(f"blk.{i}.ffn_down_exps.weight", i, 48) for i in range(48)]
     assert (down.count("Q6_K"), down.count("Q4_K")) == (24, 24)
     assert recipe("blk.9.ffn_up_exps.weight", 9, 48) == "Q4_K"
     assert recipe("blk.9.ffn_gate_inp.weight", 9, 48) == "F32"
     assert recipe("output.weight", -1, 48) == "Q6_K"
     with pytest.raises(ValueError, match="quantisation 'Q9' is unknown"):
-        synthetic.recipe_for("Q9")
+        recipe_for("Q9")
 
 
-@pytest.mark.parametrize("quant", synthetic.QUANTS)
+@pytest.mark.parametrize("quant", QUANTS)
 def test_written_file_is_a_valid_model(quant: str, tmp_path: Path) -> None:
     spec = replace(DEMO_SPEC, vocab_size=1000)
     path = tmp_path / "m.gguf"
