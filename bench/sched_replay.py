@@ -73,16 +73,22 @@ class Replay:
                 raise BenchError("the queue is full; the journal is not complete")
         elif name == "cancel":
             self.scheduler.cancel(int(words[0]))
-        elif name == "plan":
-            self.scheduler.plan(int(words[0]), self._block.ctypes.data)
-        elif name == "commit":
+        elif name in ("plan", "lane_plan"):
+            lane = name == "lane_plan"
+            plan = self.scheduler.plan_lane if lane else self.scheduler.plan
+            plan(int(words[0]), self._block.ctypes.data)
+        elif name in ("commit", "lane_commit"):
             tokens = np.array([int(word) for word in words[2:]], np.int32)
-            self.scheduler.commit(int(words[0]), tokens.ctypes.data, len(tokens))
-        elif name == "fail":
-            self.scheduler.fail(int(words[0]))
+            lane = name == "lane_commit"
+            commit = self.scheduler.commit_lane if lane else self.scheduler.commit
+            commit(int(words[0]), tokens.ctypes.data, len(tokens))
+        elif name in ("fail", "lane_fail"):
+            (self.scheduler.fail_lane if name == "lane_fail" else self.scheduler.fail)(
+                int(words[0])
+            )
         else:
             raise BenchError(f"the journal ends early: {name!r}")
-        if name in ("plan", "commit", "fail"):
+        if name not in ("submit", "cancel"):
             self.scheduler.drain()
 
     def recorded(self) -> Iterator[str]:
@@ -101,7 +107,7 @@ def replay(text: str) -> tuple[dict[str, int], str | None]:
     for line in body.splitlines():
         run.feed(line)
         expected.append(line)
-        if line.startswith("plan"):
+        if line.startswith(("plan", "lane_plan")):
             for was, now in zip(expected, run.recorded(), strict=True):
                 if was != now:
                     return run.calls, f"recorded {was!r}, now {now!r}"

@@ -47,6 +47,9 @@ class Scheduler:
         lib.check(self._lib.kt_sched_layout(self._handle, ctypes.byref(self.layout)))
         self.plan_struct = structs.sized(structs.Plan)
         self._plan_ref = ctypes.byref(self.plan_struct)
+        self.lane_struct = structs.sized(structs.Plan)
+        self._lane_ref = ctypes.byref(self.lane_struct)
+        self.has_lane: bool = config.lane_tokens > 0
         # One step's worth: every logit row and every living sequence can give an event.
         capacity = config.max_samples + 2 * config.max_batch_size + config.max_queue + 64
         self._events = np.zeros(capacity, EVENT_DTYPE)
@@ -129,6 +132,19 @@ class Scheduler:
     def fail(self, now_ns: int) -> None:
         """End the sequences of the oldest planned step with KT_FINISH_ERROR."""
         lib.check(self._lib.kt_sched_fail(self._handle, now_ns))
+
+    def plan_lane(self, now_ns: int, block_address: int) -> bool:
+        """Write the next step of the prefill lane into the block and `lane_struct`, or False."""
+        status = self._lib.kt_sched_plan_lane(self._handle, now_ns, block_address, self._lane_ref)
+        return lib.check(status) == structs.KT_OK
+
+    def commit_lane(self, now_ns: int, tokens_address: int, num_samples: int) -> None:
+        """Give the sampled ids of the lane step back."""
+        lib.check(self._lib.kt_sched_commit_lane(self._handle, now_ns, tokens_address, num_samples))
+
+    def fail_lane(self, now_ns: int) -> None:
+        """End the sequences of the lane step with KT_FINISH_ERROR."""
+        lib.check(self._lib.kt_sched_fail_lane(self._handle, now_ns))
 
     def drain(self) -> npt.NDArray[np.void]:
         """Events since the last drain, oldest first, EVENT_DTYPE [N]; valid until the next one."""

@@ -235,6 +235,8 @@ class Plan(ctypes.Structure):
         ("num_history", ctypes.c_int32),
         ("num_copies_out", ctypes.c_int32),
         ("num_copies_in", ctypes.c_int32),
+        ("lane_waits", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
         ("step_id", ctypes.c_uint64),
         ("used_bytes", ctypes.c_int64),
     )
@@ -355,6 +357,8 @@ class SchedConfig(ctypes.Structure):
         ("queue_timeout_ns", ctypes.c_int64),
         ("target_itl_ns", ctypes.c_int64),
         ("priority_step_ns", ctypes.c_int64),
+        ("lane_tokens", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     )
 
 
@@ -423,6 +427,7 @@ class SchedStats(ctypes.Structure):
         ("preempted", ctypes.c_uint64),
         ("rejected", ctypes.c_uint64),
         ("steps", ctypes.c_uint64),
+        ("lane_steps", ctypes.c_uint64),
         ("prefill_tokens", ctypes.c_uint64),
         ("decode_tokens", ctypes.c_uint64),
         ("prefix_query_tokens", ctypes.c_uint64),

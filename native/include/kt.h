@@ -267,6 +267,8 @@ typedef struct kt_plan {
   int32_t num_history;
   int32_t num_copies_out; /* page copies between device and host tier; 0 without num_host_pages */
   int32_t num_copies_in;
+  int32_t lane_waits; /* 1: prompt tokens were left to kt_sched_plan_lane */
+  int32_t reserved;
   uint64_t step_id;
   int64_t used_bytes; /* the block's content ends here */
 } kt_plan;
@@ -477,6 +479,9 @@ typedef struct kt_sched_config {
   int64_t target_itl_ns;    /* adapt the prefill budget to this time between tokens; 0 = off */
   int64_t priority_step_ns; /* one priority step counts like having come this much earlier, so
                                nothing waits for ever; 0 = default (10 s) */
+  int32_t lane_tokens;      /* while somebody decodes, so many or more prompt tokens run as steps of
+                               their own beside the decode steps (kt_sched_plan_lane); 0 = off */
+  int32_t reserved;
 } kt_sched_config;
 
 typedef struct kt_request {
@@ -543,7 +548,8 @@ typedef struct kt_sched_stats {
   uint64_t cancelled;
   uint64_t preempted;
   uint64_t rejected;
-  uint64_t steps;
+  uint64_t steps;      /* planned, those of the lane included */
+  uint64_t lane_steps; /* part of them */
   uint64_t prefill_tokens;
   uint64_t decode_tokens;
   uint64_t prefix_query_tokens;
@@ -590,6 +596,20 @@ KT_API int32_t kt_sched_commit(kt_sched* sched, int64_t now_ns, const int32_t* t
                                int32_t num_samples);
 /* [engine] The planned step failed: its sequences end with KT_FINISH_ERROR, the others go on. */
 KT_API int32_t kt_sched_fail(kt_sched* sched, int64_t now_ns);
+/* [engine] The prefill lane (lane_tokens > 0): plans a step of prompt tokens only, which may run
+ * beside any number of ordinary steps planned, run and committed meanwhile; it begins after all
+ * steps planned before it. KT_IDLE when nobody decodes or fewer than lane_tokens prompt tokens
+ * wait: they belong to ordinary steps then. KT_ERR_STATE while a lane step is not committed.
+ *
+ * Until its commit the step's sequences keep their pages and are in no other step, and ordinary
+ * plans hold decode rows only; a cancelled one ends at the commit. Page copies of ordinary and lane
+ * plans happen in the order of the plans: those of a lane plan before any later plan's. */
+KT_API int32_t kt_sched_plan_lane(kt_sched* sched, int64_t now_ns, void* block, kt_plan* out);
+/* [engine] As kt_sched_commit and kt_sched_fail, for the lane step; the steps planned before it
+ * must be committed (KT_ERR_STATE). */
+KT_API int32_t kt_sched_commit_lane(kt_sched* sched, int64_t now_ns, const int32_t* tokens,
+                                    int32_t num_samples);
+KT_API int32_t kt_sched_fail_lane(kt_sched* sched, int64_t now_ns);
 /* [engine] Moves up to capacity events out, oldest first; KT_FULL when more are left. */
 KT_API int32_t kt_sched_drain(kt_sched* sched, kt_event* events, int32_t capacity,
                               int32_t* num_events);

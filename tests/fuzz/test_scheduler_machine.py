@@ -37,6 +37,7 @@ def make_values(choose, between):
         "num_host_pages": choose([0, 2, 30]) if has_cache else 0,
         "queue_timeout_ns": choose([0, 20_000]),
         "priority_step_ns": choose([2000, 10**12]),
+        "lane_tokens": choose([0, 1, 3, 10, 40]),
     }
 
 
@@ -86,21 +87,56 @@ class Pair:
         planned = self.sim.plan()
         assert planned == (expected is not None)
         if expected:
-            rows, num_out, num_in = expected
+            *described, left = expected
             plan = self.sim.scheduler.plan_struct
-            assert (plan.num_copies_out, plan.num_copies_in) == (num_out, num_in)
-            assert self._rows_of_block() == [
-                (first, count, [seq_id] * (scores + token))
-                for seq_id, first, count, scores, token in rows
-            ]
+            assert plan.lane_waits == left
+            self._check_plan(plan, self.sim.block, *described)
         self.compare()
         return planned
 
-    def _rows_of_block(self):
-        plan = self.sim.scheduler.plan_struct
-        starts = self.sim.view("row_start", plan.num_rows + 1).tolist()
-        contexts = self.sim.view("context_len", plan.num_rows).tolist()
-        samples = self.sim.view("samples", plan.num_samples, SAMPLE_DTYPE)
+    def can_plan_lane(self) -> bool:
+        return bool(self.sim.config.lane_tokens) and self.sim.lane_block is None
+
+    def plan_lane(self, run_now: bool) -> bool:
+        self.sim.cancelled.update(self.cancelled)
+        expected = self.model.plan_lane(self.sim.now + self.sim.step_ns)
+        planned = self.sim.plan_lane()
+        assert planned == (expected is not None)
+        if expected:
+            self._check_plan(self.sim.scheduler.lane_struct, self.sim.lane_block, *expected)
+            if run_now:
+                self.sim.run_lane()
+        self.compare()
+        return planned
+
+    def can_commit_lane(self) -> bool:
+        older = any(
+            step[0] < self.model.lane[0] for step in self.model.in_flight if self.model.lane
+        )
+        return self.sim.lane_block is not None and not older
+
+    def commit_lane(self) -> None:
+        self.sim.run_lane()
+        self.model.commit_lane(self.sim.lane_result.tolist())
+        self.sim.commit_lane()
+        self.compare()
+
+    def fail_lane(self) -> None:
+        self.sim.fail_lane()
+        self.model.fail_lane()
+        self.compare()
+
+    def _check_plan(self, plan, block, rows, num_out, num_in):
+        assert (plan.num_copies_out, plan.num_copies_in) == (num_out, num_in)
+        assert self._rows_of_block(plan, block) == [
+            (first, count, [seq_id] * (scores + token))
+            for seq_id, first, count, scores, token in rows
+        ]
+
+    def _rows_of_block(self, plan, block):
+        starts = self.sim.view("row_start", plan.num_rows + 1, block=block).tolist()
+        contexts = self.sim.view("context_len", plan.num_rows, block=block).tolist()
+        samples = self.sim.view("samples", plan.num_samples, SAMPLE_DTYPE, block)
         rows = []
         for row, context in enumerate(contexts):
             count = starts[row + 1] - starts[row]
@@ -130,9 +166,16 @@ class Pair:
     def finish(self) -> None:
         """Everything ends in bounded steps, with the text it would have had alone."""
         bound = 100 + 20 * sum(len(t.tokens) for t in self.sim.truth.values())
-        while (self.can_plan() and self.plan()) or self.sim.results:
+        while (
+            (self.can_plan() and self.plan()) or self.sim.results or self.sim.lane_block is not None
+        ):
             bound -= 1
             assert bound > 0
+            if self.can_plan_lane():
+                self.plan_lane(bound % 2 == 0)
+            elif self.sim.lane_block is not None and not self.sim.results:
+                self.commit_lane()
+                continue
             if not self.can_plan() or (self.sim.results and not self.plan()):
                 self.commit()
         self.sim.finish_all()
@@ -175,6 +218,21 @@ class SchedulerMachine(RuleBasedStateMachine):
     def commit(self):
         self.pair.commit()
 
+    @precondition(lambda self: self.pair and self.pair.can_plan_lane())
+    @rule(run_now=st.booleans())
+    def plan_lane(self, run_now):
+        self.pair.plan_lane(run_now)
+
+    @precondition(lambda self: self.pair and self.pair.can_commit_lane())
+    @rule()
+    def commit_lane(self):
+        self.pair.commit_lane()
+
+    @precondition(lambda self: self.pair and self.pair.can_commit_lane())
+    @rule()
+    def fail_lane(self):
+        self.pair.fail_lane()
+
     @rule(count=st.integers(1, 12))
     def turns(self, count):
         for _ in range(count):
@@ -206,8 +264,24 @@ def test_long_random_episodes(seed):
     rng = random.Random(seed)
     pair = Pair(make_values(rng.choice, rng.randint))
     for _ in range(250):
-        action = rng.choices(["submit", "cancel", "plan", "commit", "fail"], [16, 2, 40, 40, 0.3])
+        names = [
+            "submit",
+            "cancel",
+            "plan",
+            "commit",
+            "fail",
+            "plan_lane",
+            "commit_lane",
+            "fail_lane",
+        ]
+        action = rng.choices(names, [16, 2, 40, 40, 0.3, 20, 8, 0.2])
         match action[0]:
+            case "plan_lane" if pair.can_plan_lane():
+                pair.plan_lane(rng.random() < 0.5)
+            case "commit_lane" if pair.can_commit_lane():
+                pair.commit_lane()
+            case "fail_lane" if pair.can_commit_lane():
+                pair.fail_lane()
             case "submit":
                 pair.submit(**make_request_values(rng.choice, rng.randint))
             case "cancel" if pair.sim.requests:

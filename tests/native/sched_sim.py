@@ -94,10 +94,14 @@ class Sim:
         self.cancelled: set[int] = set()  # as of the last plan
         self.now = 1
         self.num_steps = 0
+        self.num_lane_steps = 0
         self.step_ns = 1000
         self.results: deque[np.ndarray] = deque()  # run, not committed
         self.previous = np.zeros(0, np.int32)  # sampled by the step before
         self.rows: list[tuple[int, int, int]] = []  # (seq_id, first, count) of the last plan
+        self.lane_block: np.ndarray | None = None  # of the lane step in flight
+        self.lane_result: np.ndarray | None = None  # None while it has not run
+        self._current = self.scheduler.plan_struct
         self._ids = iter(range(1, 10**9))
 
     def submit(self, prompt, max_tokens=8, **changes) -> int:
@@ -111,9 +115,10 @@ class Sim:
         self.truth[seq_id] = Truth(request.prompt_ids, room + 1)
         return seq_id
 
-    def view(self, name: str, count: int, dtype=np.int32) -> np.ndarray:
+    def view(self, name: str, count: int, dtype=np.int32, block=None) -> np.ndarray:
         start = getattr(self.scheduler.layout, name)
-        return self.block[start : start + count * np.dtype(dtype).itemsize].view(dtype)
+        block = self.block if block is None else block
+        return block[start : start + count * np.dtype(dtype).itemsize].view(dtype)
 
     def plan(self) -> bool:
         """Plan and run a step; its result waits for commit()."""
@@ -121,9 +126,49 @@ class Sim:
         self.block[:] = 0xEE  # whatever the scheduler does not write is visibly wrong
         if not self.scheduler.plan(self.now, self.block.ctypes.data):
             return False
-        self.results.append(self._run())
+        self._current = self.scheduler.plan_struct
+        self._move_pages()
+        self.previous = self._run()
+        self.results.append(self.previous)
+        self._finish_copies()
         self.num_steps += 1
         return True
+
+    def plan_lane(self) -> bool:
+        """Plan a lane step and move its pages; run_lane() may follow at any time."""
+        self.now += self.step_ns
+        block = np.full(self.scheduler.layout.num_bytes, 0xEE, np.uint8)
+        if not self.scheduler.plan_lane(self.now, block.ctypes.data):
+            return False
+        self.lane_block = block
+        self.num_lane_steps += 1
+        self._as_lane(self._move_pages)
+        self._as_lane(self._finish_copies)
+        return True
+
+    def run_lane(self) -> None:
+        if self.lane_result is None:
+            self.lane_result = self._as_lane(self._run)
+
+    def commit_lane(self) -> None:
+        self.run_lane()
+        tokens, self.lane_result, self.lane_block = self.lane_result, None, None
+        assert tokens is not None
+        self.now += self.step_ns
+        self.scheduler.commit_lane(self.now, tokens.ctypes.data, len(tokens))
+
+    def fail_lane(self) -> None:
+        self.lane_result = self.lane_block = None
+        self.scheduler.fail_lane(self.now)
+
+    def _as_lane(self, call):
+        block, current = self.block, self._current
+        assert self.lane_block is not None
+        self.block, self._current = self.lane_block, self.scheduler.lane_struct
+        try:
+            return call()
+        finally:
+            self.block, self._current = block, current
 
     def commit(self) -> None:
         tokens = self.results.popleft()
@@ -132,6 +177,8 @@ class Sim:
 
     def step(self) -> bool:
         """One turn of the engine; False when there is nothing left to do."""
+        if self.config.lane_tokens and self.lane_block is None:
+            self.plan_lane()
         while len(self.results) > self.is_ahead:
             self.commit()
             self.drain()
@@ -139,32 +186,39 @@ class Sim:
         if self.results and (len(self.results) > 1 or not planned or not self.is_ahead):
             self.commit()
             planned = True
+        lane_is_due = self.lane_block is not None and not self.results
+        if lane_is_due and (not planned or self.num_steps % 3 == 0):
+            self.commit_lane()
+            planned = True
         self.drain()
         return planned
 
+    def _move_pages(self) -> None:
+        """What has to happen before the step: pages leave, places of coming ones are unusable."""
+        for page, host_page in self._copies("copies_out", self._current.num_copies_out):
+            self.host_kv[self._span(host_page)] = self.kv[self._span(page)]
+        for page, _ in self._copies("copies_in", self._current.num_copies_in):
+            self.kv[self._span(page)] = [0] * self.config.page_size
+
+    def _finish_copies(self) -> None:
+        for page, host_page in self._copies("copies_in", self._current.num_copies_in):
+            self.kv[self._span(page)] = self.host_kv[self._span(host_page)]
+
     def _run(self) -> np.ndarray:
         """Check the planned step, write its KV, and return its sampled tokens."""
-        plan = self.scheduler.plan_struct
+        plan = self._current
         assert plan.used_bytes == self.scheduler.layout.page_ids + 4 * plan.num_page_ids
         assert plan.num_rows <= self.config.max_batch_size
         assert plan.num_tokens <= max(self.config.chunk_size, self.config.max_batch_size)
         assert plan.num_samples <= self.config.max_samples
         kv_slot = self.view("kv_slot", plan.num_tokens).tolist()
         assert len(set(kv_slot)) == plan.num_tokens, "two tokens share a place"
-        copies_in = self._copies("copies_in", plan.num_copies_in)
-        for page, host_page in self._copies("copies_out", plan.num_copies_out):
-            self.host_kv[self._span(host_page)] = self.kv[self._span(page)]
-        for page, _ in copies_in:
-            self.kv[self._span(page)] = [0] * self.config.page_size
         self._run_rows()
-        for page, host_page in copies_in:
-            self.kv[self._span(page)] = self.host_kv[self._span(host_page)]
         samples = self.view("samples", plan.num_samples, SAMPLE_DTYPE)
         for row in range(plan.num_decode_rows):
             assert samples[row]["row"] == row
             assert samples[row]["target"] == -1
-        self.previous = np.array([self._sample(sample) for sample in samples], np.int32)
-        return self.previous
+        return np.array([self._sample(sample) for sample in samples], np.int32)
 
     def _copies(self, name: str, count: int) -> list[list[int]]:
         copies = self.view(name, 2 * count).reshape(-1, 2).tolist()
@@ -177,7 +231,7 @@ class Sim:
 
     def _run_rows(self) -> None:
         """Check indptrs, page lists and positions; write the KV of every token."""
-        plan, page_size = self.scheduler.plan_struct, self.config.page_size
+        plan, page_size = self._current, self.config.page_size
         total, rows = plan.num_tokens, plan.num_rows
         tokens = self.view("tokens", total).tolist()
         positions = self.view("positions", total).tolist()
@@ -210,13 +264,14 @@ class Sim:
                 self.kv[slot] = entry
 
     def _sample(self, sample: np.void) -> int:
-        plan = self.scheduler.plan_struct
+        plan = self._current
         at = int(sample["token_index"])
         position = int(self.view("positions", plan.num_tokens)[at])
         entry = self.kv[int(self.view("kv_slot", plan.num_tokens)[at])]
         seq_id, target = int(sample["seq_id"]), int(sample["target"])
         assert seq_id not in self.finish or self.is_ahead, "a sequence was planned after its end"
-        assert seq_id not in self.cancelled, "a cancelled sequence was planned"
+        in_lane = plan is self.scheduler.lane_struct  # was planned before it was cancelled
+        assert in_lane or seq_id not in self.cancelled, "a cancelled sequence was planned"
         assert self.view("token_row", plan.num_tokens)[at] == sample["row"]
         truth = self.truth[seq_id]
         assert entry == truth.entries[position], f"sequence {seq_id} does not see its own text"

@@ -37,6 +37,8 @@ class Seq:
     admissions: int = 0
     running: bool = False
     ready: int = 0
+    in_lane: bool = False
+    lane_end: int = 0
 
     @property
     def remaining(self):
@@ -71,6 +73,8 @@ class ReferenceScheduler:
         self.seqs: dict[int, Seq] = {}
         self.inbox: list = []
         self.in_flight: list[tuple[int, list, bool]] = []
+        self.lane: tuple[int, list, bool] | None = None
+        self.lane_blocks_pages = self.in_lane = False
         self.events: list[tuple] = []
         self.plan_id, self.arrivals, self.last_ns = 0, 0, -(2**62)
         self.num_queued = self.preempted = 0
@@ -88,7 +92,43 @@ class ReferenceScheduler:
         self.inbox.append((seq_id, None, 0))
 
     def plan(self, now):
-        """None when idle, else (rows [(seq_id, first, count, scores, has_token)], outs, ins)."""
+        """None when idle, else (rows [(seq_id, first, count, scores, has_token)], outs, ins, left).
+
+        left: prompt tokens wait for the lane.
+        """
+        self._begin(now)
+        self.lane_blocks_pages = False
+        for seq in self._running():
+            # An earlier turn of this loop may have preempted it.
+            may_run = seq.running and seq.decoding and self._may_run(seq)
+            if may_run and self._reserve(seq, seq.planned + 1, True):
+                self._add_row(seq, 1)
+        left = bool(self.lane or (self.rows and self._lane_is_worth_it()))
+        if not left:
+            self._prefill(now)
+        step = self._end()
+        if step is None:
+            return None
+        self.in_flight.append(step)
+        return (*self._described(step), left and not self.lane)
+
+    def plan_lane(self, now):
+        """The same for the lane, without `left`."""
+        self._begin(now)
+        decoding = any(seq.decoding for seq in self._running())
+        if not decoding or self.lane_blocks_pages or not self._lane_is_worth_it():
+            return None
+        self.in_lane = True
+        self._prefill(now)
+        self.in_lane = False
+        self.lane = self._end()
+        if self.lane is None:
+            return None
+        for row in self.lane[1]:
+            row[0].in_lane = True
+        return self._described(self.lane)
+
+    def _begin(self, now):
         self._take_inbox()
         self.plan_id += 1
         self.host_free, self.host_freed = self.host_free + self.host_freed, 0
@@ -97,15 +137,14 @@ class ReferenceScheduler:
         self.rows = []
         self.tokens_left = max(self.c.chunk_size, self.c.max_batch_size)
         self.samples_left = self.c.max_samples
-        for seq in self._running():
-            # An earlier turn of this loop may have preempted it.
-            may_run = seq.running and seq.decoding and self._may_run(seq)
-            if may_run and self._reserve(seq, seq.planned + 1, True):
-                self._add_row(seq, 1)
+
+    def _prefill(self, now):
         for seq in self._running():
             if self.tokens_left and seq.running and not seq.decoding and self._may_run(seq):
                 self._chunk(seq)
         self._admit(now)
+
+    def _end(self):
         has_copies = bool(self.outs or self.ins)
         if not self.rows and not has_copies:
             return None
@@ -115,40 +154,78 @@ class ReferenceScheduler:
             if scores:
                 seq.scored = max(first, seq.scored) + scores
             seq.pending += has_token
-        self.in_flight.append((self.plan_id, rows, has_copies))
-        return [(r[0].seq_id, *r[1:5]) for r in rows], len(self.outs), self.ins
+        return self.plan_id, rows, has_copies
+
+    def _described(self, step):
+        return [(r[0].seq_id, *r[1:5]) for r in step[1]], len(self.outs), self.ins
+
+    def _lane_is_worth_it(self):
+        if not self.c.lane_tokens:
+            return False
+        single = self.c.policy == kt.KT_SCHED_FCFS_SINGLE_PREFILL
+        prefills = [s for s in self._running() if s.remaining > 0 and not s.decoding]
+        waiting = self._waiting()[: self.c.max_batch_size - len(self._running())]
+        waiting = [] if single and prefills else waiting[:1] if single else waiting
+        count = sum(s.remaining for s in prefills) + sum(len(s.tokens) for s in waiting)
+        count -= len(self._match(waiting[0])) * self.c.page_size if waiting else 0
+        return count >= self.c.lane_tokens
+
+    def commit_lane(self, tokens):
+        (_, rows, _), self.lane = self.lane, None
+        sample = 0
+        for row in rows:
+            seq, first, count, scores, has_token, _ = row
+            seq.in_lane = False
+            if not seq.lane_end:
+                self._commit_row(row, tokens, sample)
+            else:
+                if seq.lane_end == kt.KT_FINISH_CANCELLED:
+                    self._share(seq, first + count)
+                self._finish(seq, seq.lane_end)
+            sample += scores + has_token
+
+    def fail_lane(self):
+        step, self.lane = self.lane, None
+        for row in step[1]:
+            row[0].in_lane = False
+        self._fail(step)
 
     def commit(self, tokens):
-        _, rows, _ = self.in_flight[0]
         sample = 0
-        for seq, first, count, scores, has_token, admission in rows:
-            alive = self.seqs.get(seq.seq_id) is seq
-            end = min(first + count, seq.prompt_len - 1)
-            for position in range(end - scores, end):
-                if alive:
-                    token = seq.tokens[position + 1]
-                    self._emit(seq, kt.KT_EVENT_PROMPT_LOGPROB, 0, token, position + 1, sample)
-                sample += 1
-            if alive:
-                has_pages = seq.running and seq.admissions == admission
-                if has_pages:
-                    self._share(seq, first + count)
-                if has_token:
-                    self._append(seq, tokens[sample], sample)
-                elif has_pages and seq.max_tokens == 0 and first + count == seq.prompt_len:
-                    self._finish(seq, kt.KT_FINISH_LENGTH)
-            sample += has_token
+        for row in self.in_flight[0][1]:
+            self._commit_row(row, tokens, sample)
+            sample += row[3] + row[4]
         self.in_flight.pop(0)
 
+    def _commit_row(self, row, tokens, sample):
+        seq, first, count, scores, has_token, admission = row
+        if self.seqs.get(seq.seq_id) is not seq or seq.lane_end:
+            return
+        end = min(first + count, seq.prompt_len - 1)
+        for position in range(end - scores, end):
+            token = seq.tokens[position + 1]
+            self._emit(seq, kt.KT_EVENT_PROMPT_LOGPROB, 0, token, position + 1, sample)
+            sample += 1
+        has_pages = seq.running and seq.admissions == admission
+        if has_pages and not seq.in_lane:
+            self._share(seq, first + count)
+        if has_token:
+            self._append(seq, tokens[sample], sample)
+        elif has_pages and seq.max_tokens == 0 and first + count == seq.prompt_len:
+            self._finish(seq, kt.KT_FINISH_LENGTH)
+
     def fail(self):
-        plan_id, rows, has_copies = self.in_flight.pop(0)
+        self._fail(self.in_flight.pop(0))
+
+    def _fail(self, step):
+        plan_id, rows, has_copies = step
         for row in rows:
             if self.seqs.get(row[0].seq_id) is row[0]:
-                self._finish(row[0], kt.KT_FINISH_ERROR)
+                self._end_seq(row[0], row[0].lane_end or kt.KT_FINISH_ERROR)
         if has_copies:
             for seq in self._running():
                 if seq.ready > plan_id:
-                    self._finish(seq, kt.KT_FINISH_ERROR)
+                    self._end_seq(seq, kt.KT_FINISH_ERROR)
             self.free += len(self.idle)
             self.host_free += len(self.host_idle)
             for key in self.idle + self.host_idle:
@@ -167,7 +244,7 @@ class ReferenceScheduler:
         for seq_id, r, now in self.inbox:
             if r is None:
                 if seq_id in self.seqs:
-                    self._finish(self.seqs[seq_id], kt.KT_FINISH_CANCELLED)
+                    self._end_seq(self.seqs[seq_id], kt.KT_FINISH_CANCELLED)
                 continue
             self.last_ns = max(self.last_ns, now)
             key = (self.last_ns - r.priority * self.c.priority_step_ns, self.arrivals)
@@ -194,6 +271,8 @@ class ReferenceScheduler:
                     self._finish(seq, kt.KT_FINISH_TIMEOUT)
 
     def _may_run(self, seq):
+        if seq.in_lane:
+            return False
         if seq.pending:
             ends = seq.generated + seq.pending >= seq.max_tokens
             if seq.penalty or ends or len(seq.tokens) + seq.pending >= self.c.max_len:
@@ -246,7 +325,7 @@ class ReferenceScheduler:
         while count and self._samples(seq, count) > self.samples_left:
             count -= 1
         if count and not self._reserve(seq, seq.planned + count, False):
-            stuck = not self.rows and not self.in_flight
+            stuck = not self.rows and not self.in_flight and not self.in_lane
             if stuck and not self._reserve(seq, seq.planned + 1, True):
                 return
             count = min(count, seq.pages * page - seq.planned)
@@ -338,6 +417,9 @@ class ReferenceScheduler:
             if not may_preempt:
                 return False
             youngest = self._running()[-1]
+            if youngest.in_lane:
+                self.lane_blocks_pages = True
+                return False
             self._release(youngest)
             youngest.running = False
             self.preempted += 1
@@ -383,6 +465,12 @@ class ReferenceScheduler:
             reason = kt.KT_FINISH_LENGTH
         self._emit(seq, kt.KT_EVENT_TOKEN, reason, token, len(seq.tokens) - 1, sample)
         if reason:
+            self._finish(seq, reason)
+
+    def _end_seq(self, seq, reason):
+        if seq.in_lane:
+            seq.lane_end = seq.lane_end or reason
+        else:
             self._finish(seq, reason)
 
     def _finish(self, seq, reason):

@@ -124,6 +124,78 @@ void take_messages(kt_sched& s) {
   }
 }
 
+// The calls that exist for ordinary steps and for the lane, and their names in the journal.
+struct Track {
+  void (kt::sched::Scheduler::*require_plannable)() const;
+  int32_t (kt::sched::Scheduler::*plan)(int64_t, void*, kt_plan*);
+  void (kt::sched::Scheduler::*commit)(int64_t, const int32_t*, int32_t);
+  void (kt::sched::Scheduler::*fail)(int64_t);
+  const char* plan_name;
+  const char* commit_name;
+  const char* fail_name;
+};
+
+using kt::sched::Scheduler;
+constexpr Track kOrdinary = {&Scheduler::require_plannable,
+                             &Scheduler::plan,
+                             &Scheduler::commit,
+                             &Scheduler::fail,
+                             "plan",
+                             "commit",
+                             "fail"};
+constexpr Track kLane = {&Scheduler::require_lane_plannable,
+                         &Scheduler::plan_lane,
+                         &Scheduler::commit_lane,
+                         &Scheduler::fail_lane,
+                         "lane_plan",
+                         "lane_commit",
+                         "lane_fail"};
+
+int32_t plan(kt_sched* sched, int64_t now_ns, void* block, kt_plan* out, const Track& track) {
+  return run(sched, [&](kt_sched& s) {
+    kt::require_handle(block, "block");
+    kt::require_struct(out, "out");
+    (s.core.*track.require_plannable)();
+    int32_t status = KT_OK;
+    {
+      const Stopwatch watch(&s.plan_ns);
+      take_messages(s);
+      status = (s.core.*track.plan)(now_ns, block, out);
+    }
+    record(s, [&](kt::sched::Journal& journal) {
+      const bool is_idle = status == KT_IDLE;
+      journal.plan(track.plan_name, now_ns, status,
+                   is_idle ? 0 : kt::sched::plan_digest(s.core.layout(), *out, block));
+    });
+    publish(s);
+    return status;
+  });
+}
+
+int32_t commit(kt_sched* sched, int64_t now_ns, const int32_t* tokens, int32_t num_samples,
+               const Track& track) {
+  return run(sched, [&](kt_sched& s) {
+    {
+      const Stopwatch watch(&s.commit_ns);
+      (s.core.*track.commit)(now_ns, tokens, num_samples);
+    }
+    record(s, [&](kt::sched::Journal& journal) {
+      journal.commit(track.commit_name, now_ns, tokens, num_samples);
+    });
+    publish(s);
+    return KT_OK;
+  });
+}
+
+int32_t fail(kt_sched* sched, int64_t now_ns, const Track& track) {
+  return run(sched, [&](kt_sched& s) {
+    (s.core.*track.fail)(now_ns);
+    record(s, [&](kt::sched::Journal& journal) { journal.fail(track.fail_name, now_ns); });
+    publish(s);
+    return KT_OK;
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -217,47 +289,26 @@ int32_t kt_sched_wake(kt_sched* sched) {
 }
 
 int32_t kt_sched_plan(kt_sched* sched, int64_t now_ns, void* block, kt_plan* out) {
-  return run(sched, [&](kt_sched& s) {
-    kt::require_handle(block, "block");
-    kt::require_struct(out, "out");
-    s.core.require_plannable();
-    int32_t status = KT_OK;
-    {
-      const Stopwatch watch(&s.plan_ns);
-      take_messages(s);
-      status = s.core.plan(now_ns, block, out);
-    }
-    record(s, [&](kt::sched::Journal& journal) {
-      const bool is_idle = status == KT_IDLE;
-      journal.plan(now_ns, status,
-                   is_idle ? 0 : kt::sched::plan_digest(s.core.layout(), *out, block));
-    });
-    publish(s);
-    return status;
-  });
+  return plan(sched, now_ns, block, out, kOrdinary);
 }
 
 int32_t kt_sched_commit(kt_sched* sched, int64_t now_ns, const int32_t* tokens,
                         int32_t num_samples) {
-  return run(sched, [&](kt_sched& s) {
-    {
-      const Stopwatch watch(&s.commit_ns);
-      s.core.commit(now_ns, tokens, num_samples);
-    }
-    record(s, [&](kt::sched::Journal& journal) { journal.commit(now_ns, tokens, num_samples); });
-    publish(s);
-    return KT_OK;
-  });
+  return commit(sched, now_ns, tokens, num_samples, kOrdinary);
 }
 
-int32_t kt_sched_fail(kt_sched* sched, int64_t now_ns) {
-  return run(sched, [&](kt_sched& s) {
-    s.core.fail(now_ns);
-    record(s, [&](kt::sched::Journal& journal) { journal.fail(now_ns); });
-    publish(s);
-    return KT_OK;
-  });
+int32_t kt_sched_fail(kt_sched* sched, int64_t now_ns) { return fail(sched, now_ns, kOrdinary); }
+
+int32_t kt_sched_plan_lane(kt_sched* sched, int64_t now_ns, void* block, kt_plan* out) {
+  return plan(sched, now_ns, block, out, kLane);
 }
+
+int32_t kt_sched_commit_lane(kt_sched* sched, int64_t now_ns, const int32_t* tokens,
+                             int32_t num_samples) {
+  return commit(sched, now_ns, tokens, num_samples, kLane);
+}
+
+int32_t kt_sched_fail_lane(kt_sched* sched, int64_t now_ns) { return fail(sched, now_ns, kLane); }
 
 int32_t kt_sched_drain(kt_sched* sched, kt_event* events, int32_t capacity, int32_t* num_events) {
   return run(sched, [&](kt_sched& s) {

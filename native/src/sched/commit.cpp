@@ -33,6 +33,45 @@ void Scheduler::commit(int64_t now_ns, const int32_t* tokens, int32_t num_sample
   in_flight_.pop_front();
 }
 
+// Events of a sequence come in the order of its tokens.
+void Scheduler::require_older_committed() const {
+  if (!in_flight_.empty() && in_flight_.front().id < lane_->id) {
+    fail_state("a step planned before the lane's is not committed yet");
+  }
+}
+
+// The time is not learned from: lane steps are not what decode rows wait for.
+void Scheduler::commit_lane(int64_t /*now_ns*/, const int32_t* tokens, int32_t num_samples) {
+  if (!lane_) {
+    fail_state("lane commit without a lane plan");
+  }
+  require_older_committed();
+  if (num_samples != lane_->num_samples) {
+    fail_argument("lane commit has " + std::to_string(num_samples) +
+                  " tokens, the planned step has " + std::to_string(lane_->num_samples) +
+                  " logit rows");
+  }
+  if (num_samples > 0 && tokens == nullptr) {
+    fail_argument("tokens is NULL");
+  }
+  Step step = std::move(*lane_);
+  lane_.reset();
+  counters_.prefill_tokens += static_cast<uint64_t>(step.num_prefill_tokens);
+  counters_.decode_tokens += static_cast<uint64_t>(step.num_decode_tokens);
+  for (Row& row : step.rows) {
+    Sequence& seq = *row.seq;
+    seq.is_in_lane = false;
+    if (seq.lane_end == KT_FINISH_NONE) {
+      commit_row(row, tokens);
+      continue;
+    }
+    if (seq.lane_end == KT_FINISH_CANCELLED) {
+      share(seq, row.first + row.count);  // what was computed may serve others
+    }
+    finish(seq, seq.lane_end);
+  }
+}
+
 void Scheduler::commit_row(Row& row, const int32_t* tokens) {
   Sequence& seq = *row.seq;
   int32_t sample = row.first_sample;
@@ -44,7 +83,7 @@ void Scheduler::commit_row(Row& row, const int32_t* tokens) {
   }
   // A sequence preempted meanwhile keeps the token but has lost the KV.
   const bool has_pages = seq.is_running && row.admission == seq.admissions;
-  if (has_pages) {
+  if (has_pages && !seq.is_in_lane) {  // sharing may give pages back that the lane reads
     share(seq, row.first + row.count);
   }
   if (row.has_token) {
@@ -82,11 +121,28 @@ void Scheduler::fail(int64_t now_ns) {
   const Step step = std::move(in_flight_.front());
   in_flight_.pop_front();
   last_commit_ns_ = now_ns;
+  fail_rows(step);
+}
+
+void Scheduler::fail_lane(int64_t /*now_ns*/) {
+  if (!lane_) {
+    fail_state("lane fail without a lane plan");
+  }
+  require_older_committed();
+  const Step step = std::move(*lane_);
+  lane_.reset();
+  for (const Row& row : step.rows) {
+    row.seq->is_in_lane = false;
+  }
+  fail_rows(step);
+}
+
+void Scheduler::fail_rows(const Step& step) {
   for (const Row& row : step.rows) {
     // A row of an earlier admission may be the only tie of a preempted sequence to this step: its
     // token is lost, so it ends as well.
     if (row.seq != nullptr) {
-      finish(*row.seq, KT_FINISH_ERROR);
+      end(*row.seq, row.seq->lane_end != KT_FINISH_NONE ? row.seq->lane_end : KT_FINISH_ERROR);
     }
   }
   if (!step.has_copies) {
@@ -97,7 +153,7 @@ void Scheduler::fail(int64_t now_ns) {
   const std::vector<Sequence*> running = running_;
   for (Sequence* seq : running) {
     if (seq->ready_plan > step.id) {
-      finish(*seq, KT_FINISH_ERROR);
+      end(*seq, KT_FINISH_ERROR);
     }
   }
   forget_idle();
@@ -117,8 +173,29 @@ void Scheduler::emit(const Sequence& seq, int32_t kind, int32_t finish, int32_t 
   events_.push_back(event);
 }
 
-// Ends a sequence in any state; `seq` is gone afterwards. Steps in flight run in plan order, so its
-// pages may be given to later plans at once.
+// Ends a sequence, at the lane's commit when it has rows there.
+void Scheduler::end(Sequence& seq, int32_t reason) {
+  if (!seq.is_in_lane) {
+    finish(seq, reason);
+  } else if (seq.lane_end == KT_FINISH_NONE) {
+    seq.lane_end = reason;
+    trim_rows(seq);
+  }
+}
+
+// What ordinary steps in flight give for it is nobody's any more.
+void Scheduler::trim_rows(const Sequence& seq) {
+  for (Step& step : in_flight_) {
+    for (Row& row : step.rows) {
+      if (row.seq == &seq) {
+        row.seq = nullptr;
+      }
+    }
+  }
+}
+
+// Ends a sequence in any state but the lane; `seq` is gone afterwards. Steps in flight run in plan
+// order, so its pages may be given to later plans at once.
 void Scheduler::finish(Sequence& seq, int32_t reason) {
   emit(seq, KT_EVENT_FINISH, reason, -1, seq.num_tokens(), -1);
   release_pages(seq);
@@ -128,13 +205,7 @@ void Scheduler::finish(Sequence& seq, int32_t reason) {
     waiting_.erase(seq.key);
     num_preempted_ -= seq.admissions > 0 ? 1 : 0;
   }
-  for (Step& step : in_flight_) {
-    for (Row& row : step.rows) {
-      if (row.seq == &seq) {
-        row.seq = nullptr;
-      }
-    }
-  }
+  trim_rows(seq);
   if (seq.admissions == 0) {
     dequeued_ += 1;
   }

@@ -78,8 +78,8 @@ void Journal::submit(const Sequence& seq) {
 
 void Journal::cancel(uint64_t seq_id) { add("cancel " + std::to_string(seq_id)); }
 
-void Journal::plan(int64_t now_ns, int32_t status, uint64_t digest) {
-  std::string line = "plan";
+void Journal::plan(const char* call, int64_t now_ns, int32_t status, uint64_t digest) {
+  std::string line = call;
   put(line, now_ns);
   put(line, status);
   line += ' ';
@@ -89,14 +89,16 @@ void Journal::plan(int64_t now_ns, int32_t status, uint64_t digest) {
   add(std::move(line));
 }
 
-void Journal::commit(int64_t now_ns, const int32_t* tokens, int32_t num_tokens) {
-  std::string line = "commit";
+void Journal::commit(const char* call, int64_t now_ns, const int32_t* tokens, int32_t num_tokens) {
+  std::string line = call;
   put(line, now_ns);
   put_list(line, tokens, static_cast<size_t>(num_tokens));
   add(std::move(line));
 }
 
-void Journal::fail(int64_t now_ns) { add("fail " + std::to_string(now_ns)); }
+void Journal::fail(const char* call, int64_t now_ns) {
+  add(std::string(call) + " " + std::to_string(now_ns));
+}
 
 void Journal::add(std::string line) {
   if (has_overflown_ && text_.empty()) {

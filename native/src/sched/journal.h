@@ -7,6 +7,7 @@
 //   plan <now_ns> <status> <digest>       digest: 16 hex digits over the plan and its block
 //   commit <now_ns> <num_tokens> <tokens ...>
 //   fail <now_ns>
+//   lane_plan, lane_commit, lane_fail: as plan, commit, fail, for the prefill lane
 // Sampling parameters other than these never influence a schedule. When the buffer is full the
 // record ends with the line "overflow" and nothing is added until it has been drained.
 #pragma once
@@ -27,9 +28,10 @@ class Journal {
  public:
   void submit(const Sequence& seq);
   void cancel(uint64_t seq_id);
-  void plan(int64_t now_ns, int32_t status, uint64_t digest);
-  void commit(int64_t now_ns, const int32_t* tokens, int32_t num_tokens);
-  void fail(int64_t now_ns);
+  // call: the line's first word.
+  void plan(const char* call, int64_t now_ns, int32_t status, uint64_t digest);
+  void commit(const char* call, int64_t now_ns, const int32_t* tokens, int32_t num_tokens);
+  void fail(const char* call, int64_t now_ns);
   // Moves up to capacity bytes out; returns how many.
   int64_t drain(char* text, int64_t capacity);
   bool is_empty() const { return text_.empty(); }

@@ -68,6 +68,10 @@ bool Scheduler::reserve(Sequence& seq, int32_t num_tokens, bool may_preempt) {
       return false;
     }
     Sequence* youngest = running_.back();
+    if (youngest->is_in_lane) {
+      lane_blocks_pages_ = true;
+      return false;
+    }
     preempt(*youngest);
     if (youngest == &seq) {
       return false;

@@ -25,6 +25,57 @@ void Scheduler::require_plannable() const {
 
 int32_t Scheduler::plan(int64_t now_ns, void* block, kt_plan* out) {
   require_plannable();
+  Step step = begin_step(now_ns, out);
+  Budget budget = full_budget();
+  lane_blocks_pages_ = false;
+  plan_decodes(step, budget);
+  const bool leaves_prefill = belongs_to_lane(step);
+  if (!leaves_prefill) {
+    limit_prefill(step, budget);
+    plan_prefills(step, budget);
+    admit(now_ns, step, budget);
+  }
+  if (!end_step(step, block, out)) {
+    return KT_IDLE;
+  }
+  out->lane_waits = leaves_prefill && !lane_ ? 1 : 0;
+  in_flight_.push_back(std::move(step));
+  return KT_OK;
+}
+
+void Scheduler::require_lane_plannable() const {
+  if (config_.lane_tokens == 0) {
+    fail_state("there is no prefill lane: lane_tokens is 0");
+  }
+  if (lane_) {
+    fail_state("lane plan before the commit of the lane step before");
+  }
+}
+
+int32_t Scheduler::plan_lane(int64_t now_ns, void* block, kt_plan* out) {
+  require_lane_plannable();
+  Step step = begin_step(now_ns, out);
+  step.is_lane = true;
+  const bool somebody_decodes = std::any_of(
+      running_.begin(), running_.end(), [this](const Sequence* seq) { return is_decoding(*seq); });
+  if (!somebody_decodes || lane_blocks_pages_ || !lane_is_worth_it()) {
+    return KT_IDLE;
+  }
+  Budget budget = full_budget();
+  plan_prefills(step, budget);
+  admit(now_ns, step, budget);
+  if (!end_step(step, block, out)) {
+    return KT_IDLE;
+  }
+  for (const Row& row : step.rows) {
+    row.seq->is_in_lane = true;
+  }
+  counters_.lane_steps += 1;
+  lane_ = std::move(step);
+  return KT_OK;
+}
+
+Scheduler::Step Scheduler::begin_step(int64_t now_ns, kt_plan* out) {
   *out = {};
   out->struct_size = sizeof(*out);
   plan_id_ += 1;
@@ -35,28 +86,69 @@ int32_t Scheduler::plan(int64_t now_ns, void* block, kt_plan* out) {
   copies_out_.clear();
   copies_in_.clear();
   expire(now_ns);
-
   Step step;
   step.id = plan_id_;
   step.plan_ns = now_ns;
+  return step;
+}
+
+Scheduler::Budget Scheduler::full_budget() const {
   Budget budget;
   budget.tokens = layout_.max_tokens;
   budget.samples = config_.max_samples;
   budget.history = capacity_.history;
-  plan_decodes(step, budget);
-  limit_prefill(step, budget);
-  plan_prefills(step, budget);
-  admit(now_ns, step, budget);
+  return budget;
+}
+
+// Writes the step; false when there is nothing in it.
+bool Scheduler::end_step(Step& step, void* block, kt_plan* out) {
   step.has_copies = !copies_out_.empty() || !copies_in_.empty();
   if (step.rows.empty() && !step.has_copies) {
-    return KT_IDLE;
+    return false;
   }
   write(step, block, out);
   counters_.steps += 1;
   counters_.copied_out_pages += copies_out_.size();
   counters_.copied_in_pages += copies_in_.size();
-  in_flight_.push_back(std::move(step));
-  return KT_OK;
+  return true;
+}
+
+// Whether an ordinary step leaves prompt tokens to the lane: while one runs there, and when there
+// are many beside decode rows, which would have to wait for them.
+bool Scheduler::belongs_to_lane(const Step& step) {
+  if (config_.lane_tokens == 0) {
+    return false;
+  }
+  return lane_ || (!step.rows.empty() && lane_is_worth_it());
+}
+
+// Whether lane_tokens prompt tokens wait to be computed. What the cache has is known for the head
+// of the queue only; those behind it count in full.
+bool Scheduler::lane_is_worth_it() {
+  int64_t count = 0;
+  bool is_prefilling = false;
+  for (const Sequence* seq : running_) {
+    if (seq->num_remaining() > 0 && !is_decoding(*seq)) {
+      is_prefilling = true;
+      count += seq->num_remaining();
+    }
+  }
+  auto room = static_cast<int64_t>(config_.max_batch_size) - static_cast<int64_t>(running_.size());
+  const bool may_admit = !(is_prefilling && config_.policy == KT_SCHED_FCFS_SINGLE_PREFILL);
+  for (auto it = waiting_.begin(); may_admit && it != waiting_.end(); ++it) {
+    if (count >= config_.lane_tokens || room-- <= 0) {
+      break;
+    }
+    const Sequence& seq = *it->second;
+    count += seq.num_tokens();
+    if (it == waiting_.begin()) {
+      count -= static_cast<int64_t>(match(seq).size()) * config_.page_size;
+    }
+    if (config_.policy == KT_SCHED_FCFS_SINGLE_PREFILL) {
+      break;
+    }
+  }
+  return count >= config_.lane_tokens;
 }
 
 // Ends what has waited too long. A preempted sequence has been served before: it stays.
@@ -79,6 +171,9 @@ void Scheduler::expire(int64_t now_ns) {
 
 // False while the sequence has to wait for a commit or for its pages.
 bool Scheduler::may_run(const Sequence& seq) const {
+  if (seq.is_in_lane) {
+    return false;
+  }
   if (seq.num_pending > 0 && (seq.history.is_on() || ends_by_length(seq))) {
     return false;
   }
@@ -212,8 +307,9 @@ bool Scheduler::plan_chunk(Sequence& seq, Step& step, Budget& budget) {
     return false;
   }
   if (!reserve(seq, seq.num_planned + count, false)) {
-    // An empty step frees no pages, now or later: then the younger must give theirs.
-    const bool is_stuck = step.rows.empty() && in_flight_.empty();
+    // An empty step frees no pages, now or later: then the younger must give theirs. Beside the
+    // lane somebody decodes.
+    const bool is_stuck = step.rows.empty() && in_flight_.empty() && !step.is_lane;
     if (is_stuck && !reserve(seq, seq.num_planned + 1, true)) {
       return false;
     }

@@ -67,6 +67,7 @@ void check_config(const kt_sched_config& c) {
   check_range("priority_step_ns", c.priority_step_ns, 0, kMaxPriorityStepNs);
   check_range("queue_timeout_ns", c.queue_timeout_ns, 0, INT64_MAX);
   check_range("target_itl_ns", c.target_itl_ns, 0, INT64_MAX);
+  check_range("lane_tokens", c.lane_tokens, 0, 1 << 20);
 }
 
 std::unique_ptr<Sequence> make_sequence(const kt_sched_config& config, const kt_request& r,

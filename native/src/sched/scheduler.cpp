@@ -56,11 +56,11 @@ void Scheduler::add(std::unique_ptr<Sequence> owned) {
 
 void Scheduler::cancel(uint64_t seq_id) {
   const auto it = living_.find(seq_id);
-  if (it == living_.end()) {
+  if (it == living_.end() || it->second->lane_end != KT_FINISH_NONE) {
     return;
   }
   counters_.cancelled += 1;
-  finish(*it->second, KT_FINISH_CANCELLED);
+  end(*it->second, KT_FINISH_CANCELLED);
 }
 
 int32_t Scheduler::drain(kt_event* events, int32_t capacity) {
@@ -89,6 +89,19 @@ const char* Scheduler::check() const {
   }
   if (running_.size() > static_cast<size_t>(config_.max_batch_size)) {
     return "too many running";
+  }
+  for (const Row& row : lane_ ? lane_->rows : std::vector<Row>()) {
+    if (row.seq == nullptr || !row.seq->is_in_lane || !row.seq->is_running ||
+        row.admission != row.seq->admissions || row.seq->num_planned != row.first + row.count) {
+      return "a sequence of the lane has changed";
+    }
+  }
+  size_t num_in_lane = 0;
+  for (const auto& [id, seq] : living_) {
+    num_in_lane += seq->is_in_lane ? 1 : 0;
+  }
+  if (num_in_lane != (lane_ ? lane_->rows.size() : 0)) {
+    return "a sequence thinks it is in the lane";
   }
   int32_t num_preempted = 0;
   for (const auto& [key, seq] : waiting_) {

@@ -22,6 +22,9 @@
 //  being
 //            sampled (num_pending); steps run in plan order, so a page freed now may be written by
 //            later plans while the step in flight still reads it.
+//  Lane      a step of prompt tokens that runs beside ordinary steps. Its sequences are left alone
+//            until its commit: they are in no other step, are not preempted (who needs a page
+//            waits, and the lane stays empty until that is settled), and end only then.
 //  Promise   admission sets aside the pages that running prefills still lack, plus a watermark, so
 //            that an admitted prompt is not preempted half way by the next one.
 #pragma once
@@ -30,6 +33,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -64,6 +68,11 @@ class Scheduler {
   int32_t plan(int64_t now_ns, void* block, kt_plan* out);
   void commit(int64_t now_ns, const int32_t* tokens, int32_t num_samples);
   void fail(int64_t now_ns);
+  // The same for the lane.
+  void require_lane_plannable() const;
+  int32_t plan_lane(int64_t now_ns, void* block, kt_plan* out);
+  void commit_lane(int64_t now_ns, const int32_t* tokens, int32_t num_samples);
+  void fail_lane(int64_t now_ns);
   int32_t drain(kt_event* events, int32_t capacity);
 
   bool has_events() const { return !events_.empty(); }
@@ -93,6 +102,7 @@ class Scheduler {
     int32_t num_decode_tokens = 0;
     int32_t num_prefill_tokens = 0;
     bool has_copies = false;
+    bool is_lane = false;
     std::vector<Row> rows;
   };
   // What may still be added to the step being planned.
@@ -122,6 +132,11 @@ class Scheduler {
   int32_t fit_samples(const Sequence& seq, int32_t count, const Budget& budget) const;
 
   // plan.cpp
+  Step begin_step(int64_t now_ns, kt_plan* out);
+  Budget full_budget() const;
+  bool end_step(Step& step, void* block, kt_plan* out);
+  bool belongs_to_lane(const Step& step);
+  bool lane_is_worth_it();
   void expire(int64_t now_ns);
   void plan_decodes(Step& step, Budget& budget);
   void limit_prefill(const Step& step, Budget& budget) const;
@@ -151,6 +166,10 @@ class Scheduler {
   const char* check_pages() const;
 
   // commit.cpp
+  void end(Sequence& seq, int32_t reason);
+  void trim_rows(const Sequence& seq);
+  void fail_rows(const Step& step);
+  void require_older_committed() const;
   void finish(Sequence& seq, int32_t reason);
   void emit(const Sequence& seq, int32_t kind, int32_t finish, int32_t token, int32_t token_pos,
             int32_t sample_row);
@@ -169,6 +188,8 @@ class Scheduler {
   std::vector<Sequence*> running_;                      // ascending key
   std::deque<std::pair<uint64_t, uint64_t>> arrivals_;  // (seq_id, arrival) by age, for the timeout
   std::deque<Step> in_flight_;                          // planned, not committed; oldest first
+  std::optional<Step> lane_;                            // the lane's, likewise
+  bool lane_blocks_pages_ = false;                      // a decode row waits for the lane's pages
   std::deque<kt_event> events_;
   Match match_;
   std::vector<PageCopy> copies_out_;  // of the plan being made

@@ -74,6 +74,8 @@ struct Sequence {
   int32_t num_prompt_scored = 0;  // prompt positions whose logit row is done or in flight
   uint32_t admissions = 0;        // tells a row of an earlier admission from the present one
   bool is_running = false;
+  bool is_in_lane = false;            // rows of the lane step: nothing may touch its pages
+  int32_t lane_end = KT_FINISH_NONE;  // how it ends at the lane's commit, whatever that gives
 
   int32_t num_tokens() const { return static_cast<int32_t>(tokens.size()); }
   int32_t num_generated() const { return num_tokens() - prompt_len; }

@@ -112,7 +112,7 @@ class Episode {
     return num_actions_;
   }
 
-  int64_t preempted = 0, copied = 0, hits = 0, tokens = 0;
+  int64_t preempted = 0, copied = 0, hits = 0, tokens = 0, lane_steps = 0;
 
  private:
   void choose_config() {
@@ -133,6 +133,7 @@ class Episode {
     config_.queue_timeout_ns = random_.of<int64_t>({0, 0, 500, 5000});
     config_.target_itl_ns = random_.of<int64_t>({0, 0, 10, 100});
     config_.priority_step_ns = random_.of<int64_t>({0, 100});
+    config_.lane_tokens = random_.of<int32_t>({0, 1, 4, 20});
   }
 
   void act() {
@@ -143,10 +144,14 @@ class Episode {
       submit();
     } else if (what < 28) {
       cancel();
-    } else if (what < 64) {
+    } else if (what < 60) {
       plan();
-    } else if (what < 98) {
+    } else if (what < 68) {
+      plan_lane();
+    } else if (what < 94) {
       commit();
+    } else if (what < 98) {
+      finish_lane(random_.one_in(20));
     } else {
       fail();
     }
@@ -251,6 +256,73 @@ class Episode {
     return status == KT_OK;
   }
 
+  // The lane's step runs at its commit, the latest moment; its page copies at once.
+  void plan_lane() {
+    kt_plan plan = {};
+    plan.struct_size = sizeof(plan);
+    if (config_.lane_tokens == 0 || has_lane_) {
+      REQUIRE(kt_sched_plan_lane(sched_, now_, block_.data(), &plan) == KT_ERR_STATE);
+      return;
+    }
+    lane_block_.assign(block_.size(), static_cast<char>(0xEE));
+    const int32_t status = kt_sched_plan_lane(sched_, now_, lane_block_.data(), &plan);
+    REQUIRE(status == KT_OK || status == KT_IDLE);
+    if (twin_ != nullptr) {
+      std::memset(twin_block_.data(), 0xEE, twin_block_.size());
+      kt_plan twin_plan = {};
+      twin_plan.struct_size = sizeof(twin_plan);
+      REQUIRE(kt_sched_plan_lane(twin_, now_, twin_block_.data(), &twin_plan) == status);
+      REQUIRE(std::memcmp(&plan, &twin_plan, sizeof(plan)) == 0);
+      REQUIRE(std::memcmp(lane_block_.data(), twin_block_.data(), block_.size()) == 0);
+    }
+    drain();
+    if (status == KT_OK) {
+      has_lane_ = true;
+      lane_plan_ = plan;
+      num_before_lane_ = results_.size();
+      std::swap(block_, lane_block_);
+      begin_copies(plan);
+      end_copies(plan);
+      std::swap(block_, lane_block_);
+    }
+  }
+
+  void finish_lane(bool fails) {
+    if (!has_lane_ || num_before_lane_ > 0) {
+      const int32_t status =
+          fails ? kt_sched_fail_lane(sched_, now_) : kt_sched_commit_lane(sched_, now_, nullptr, 0);
+      REQUIRE(status == KT_ERR_STATE || (has_lane_ && status == KT_ERR_ARGUMENT));
+      return;
+    }
+    if (fails) {
+      mark_failing(true);
+      REQUIRE(kt_sched_fail_lane(sched_, now_) == KT_OK);
+      REQUIRE(twin_ == nullptr || kt_sched_fail_lane(twin_, now_) == KT_OK);
+    } else {
+      std::swap(block_, lane_block_);
+      in_lane_ = true;
+      run_rows(lane_plan_, {});
+      const std::vector<int32_t> result = sample(lane_plan_);
+      in_lane_ = false;
+      std::swap(block_, lane_block_);
+      const auto count = static_cast<int32_t>(result.size());
+      REQUIRE(kt_sched_commit_lane(sched_, now_, result.data(), count + 1) == KT_ERR_ARGUMENT);
+      REQUIRE(kt_sched_commit_lane(sched_, now_, result.data(), count) == KT_OK);
+      REQUIRE(twin_ == nullptr || kt_sched_commit_lane(twin_, now_, result.data(), count) == KT_OK);
+      tokens += count;
+      lane_steps += 1;
+    }
+    has_lane_ = false;
+    drain();
+    mark_failing(false);
+  }
+
+  void mark_failing(bool may_fail) {
+    for (auto& [id, client] : clients_) {
+      client.may_fail = may_fail || (has_lane_ && client.may_fail);
+    }
+  }
+
   const int32_t* ints(int64_t offset) const {
     return reinterpret_cast<const int32_t*>(block_.data() + offset);
   }
@@ -265,6 +337,14 @@ class Episode {
     REQUIRE(plan.num_rows <= config_.max_batch_size);
     REQUIRE(plan.num_tokens <= std::max(config_.chunk_size, config_.max_batch_size));
     REQUIRE(plan.num_samples <= config_.max_samples);
+    run_rows(plan, begin_copies(plan));
+    end_copies(plan);
+    previous_ = sample(plan);
+    return previous_;
+  }
+
+  // Copies pages out; the places of coming pages, which are returned, are unusable.
+  std::set<int32_t> begin_copies(const kt_plan& plan) {
     const int32_t* out = ints(layout_.copies_out);
     const int32_t* in = ints(layout_.copies_in);
     std::set<int32_t> touched;
@@ -277,12 +357,14 @@ class Episode {
       REQUIRE(touched.insert(in[2 * i]).second);
       std::fill_n(kv_.begin() + in[2 * i] * config_.page_size, config_.page_size, 0);
     }
-    run_rows(plan, touched);
+    return touched;
+  }
+
+  void end_copies(const kt_plan& plan) {
+    const int32_t* in = ints(layout_.copies_in);
     for (int32_t i = 0; i < plan.num_copies_in; ++i) {
       copy_page(kv_, in[2 * i], host_kv_, in[2 * i + 1]);
     }
-    previous_ = sample(plan);
-    return previous_;
   }
 
   void run_rows(const kt_plan& plan, const std::set<int32_t>& loading) {
@@ -339,7 +421,7 @@ class Episode {
       const auto it = clients_.find(sample.seq_id);
       REQUIRE(it != clients_.end());  // ended sequences are never planned
       const Client& client = it->second;
-      REQUIRE(!client.is_cancelled);
+      REQUIRE(in_lane_ || !client.is_cancelled);
       const auto position = static_cast<size_t>(ints(layout_.positions)[sample.token_index]);
       const uint64_t entry = kv_[static_cast<size_t>(ints(layout_.kv_slot)[sample.token_index])];
       REQUIRE(ints(layout_.token_row)[sample.token_index] == sample.row);
@@ -382,6 +464,7 @@ class Episode {
     }
     const std::vector<int32_t> result = results_.front();
     results_.pop_front();
+    num_before_lane_ -= num_before_lane_ > 0 ? 1 : 0;
     const auto count = static_cast<int32_t>(result.size());
     REQUIRE(kt_sched_commit(sched_, now_, result.data(), count + 1) == KT_ERR_ARGUMENT);
     REQUIRE(kt_sched_commit(sched_, now_, result.data(), count) == KT_OK);
@@ -397,17 +480,14 @@ class Episode {
       return;
     }
     results_.pop_front();
-    for (auto& [id, client] : clients_) {
-      client.may_fail = true;
-    }
+    num_before_lane_ -= num_before_lane_ > 0 ? 1 : 0;
+    mark_failing(true);
     REQUIRE(kt_sched_fail(sched_, now_) == KT_OK);
     if (twin_ != nullptr) {
       REQUIRE(kt_sched_fail(twin_, now_) == KT_OK);
     }
     drain();
-    for (auto& [id, client] : clients_) {
-      client.may_fail = false;
-    }
+    mark_failing(false);  // with a lane step in flight: at its commit, when its sequences end
   }
 
   void drain() {
@@ -483,10 +563,15 @@ class Episode {
 
   void finish_all() {
     int64_t bound = 100 + 40 * config_.max_len * static_cast<int64_t>(clients_.size());
-    while (!clients_.empty() || !results_.empty()) {
+    while (!clients_.empty() || !results_.empty() || has_lane_) {
       REQUIRE(bound-- > 0);  // every request ends in bounded steps
       num_actions_ += 1;
       now_ += 20;
+      if (config_.lane_tokens > 0 && !has_lane_) {
+        plan_lane();
+      } else if (has_lane_ && num_before_lane_ == 0 && random_.one_in(4)) {
+        finish_lane(false);
+      }
       if (!plan() || !random_.one_in(3)) {
         if (!results_.empty()) {
           commit();
@@ -510,7 +595,11 @@ class Episode {
   kt_block_layout layout_ = {};
   kt_sched* sched_ = nullptr;
   kt_sched* twin_ = nullptr;
-  std::vector<char> block_, twin_block_;
+  std::vector<char> block_, twin_block_, lane_block_;
+  bool has_lane_ = false;       // a lane step is in flight
+  bool in_lane_ = false;        // and is being run
+  size_t num_before_lane_ = 0;  // ordinary steps planned before it and not committed
+  kt_plan lane_plan_ = {};
   std::vector<uint64_t> kv_, host_kv_;
   std::vector<std::vector<int32_t>> stems_;
   std::map<uint64_t, Client> clients_;
@@ -526,7 +615,7 @@ int main(int argc, char** argv) {
   const int64_t wanted = argc > 1 ? std::atoll(argv[1]) : 100000;
   g_seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
   Random random(g_seed);
-  int64_t actions = 0, preempted = 0, copied = 0, hits = 0, tokens = 0;
+  int64_t actions = 0, preempted = 0, copied = 0, hits = 0, tokens = 0, lane_steps = 0;
   while (actions < wanted) {
     Episode episode(random, wanted - actions);
     actions += episode.run();
@@ -534,13 +623,15 @@ int main(int argc, char** argv) {
     copied += episode.copied;
     hits += episode.hits;
     tokens += episode.tokens;
+    lane_steps += episode.lane_steps;
     g_episode += 1;
   }
   std::printf(
       "%lld actions in %lld episodes: %lld tokens, %lld preemptions, %lld cached tokens used, "
-      "%lld pages loaded from the host: ok\n",
+      "%lld pages loaded from the host, %lld lane steps: ok\n",
       static_cast<long long>(actions), static_cast<long long>(g_episode),
       static_cast<long long>(tokens), static_cast<long long>(preempted),
-      static_cast<long long>(hits), static_cast<long long>(copied));
+      static_cast<long long>(hits), static_cast<long long>(copied),
+      static_cast<long long>(lane_steps));
   return 0;
 }
