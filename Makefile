@@ -101,12 +101,8 @@ size: ## lines per folder
 	  awk '{ n = split($$2, p, "/"); d = n > 2 ? p[1] "/" p[2] : p[1]; s[d] += $$1; t += $$1 } \
 	  END { for (d in s) printf "%7d %s\n", s[d], d; printf "%7d total\n", t }' | sort -k2
 
-san: setup-dev ## the native tests under address and undefined-behaviour sanitizers
-	@cp -f kt_async/ffi/libkt.so build/libkt.plain.so 2>/dev/null || true
-	@$(MAKE) --no-print-directory native VENV=$(VENV) BUILD=build/san SAN=address,undefined
-	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONMALLOC=malloc $(PY) -m pytest -q -p no:randomly tests/native $(ARGS); rc=$$?; \
-	  cp -f build/libkt.plain.so kt_async/ffi/libkt.so; exit $$rc
+san: setup-dev ## native code under sanitizers, every part (ARGS="python", "drivers", "arm64" or files)
+	@PYTHON=$(abspath $(BIN))/python CXX="$(CXX)" tests/native/sanitize.sh $(ARGS)
 
 fuzz: setup-dev native ## random GGUF files, HTTP bodies and schedules, for longer than `make test`
 	@$(PY) -m pytest tests/fuzz --timeout 0 --hypothesis-profile=long $(ARGS)

@@ -1,7 +1,8 @@
 // The layout of every public struct as this compiler sees it, for kt_abi_fields: a binding compares
-// it with its own before the first call. tests/native/test_layout.py checks it against kt.h too.
+// it with its own before the first call. tests/native/test_abi.py checks it against kt.h too.
 #include <cstddef>
 
+#include "base/error.h"
 #include "kt.h"
 
 namespace {
@@ -279,10 +280,11 @@ constexpr kt_abi_field kFields[] = {
 }  // namespace
 
 extern "C" int32_t kt_abi_fields(const kt_abi_field** table, int32_t* num_fields) {
-  if (table == nullptr || num_fields == nullptr) {
-    return KT_ERR_ARGUMENT;
-  }
-  *table = kFields;
-  *num_fields = static_cast<int32_t>(sizeof(kFields) / sizeof(kFields[0]));
-  return KT_OK;
+  return kt::guard([&] {
+    kt::require_handle(table, "table");
+    kt::require_handle(num_fields, "num_fields");
+    *table = kFields;
+    *num_fields = static_cast<int32_t>(sizeof(kFields) / sizeof(kFields[0]));
+    return KT_OK;
+  });
 }

@@ -208,7 +208,7 @@ void prepare_bf16(const float* x, int32_t cols, int32_t first, int32_t count, ui
   dst += float_row_bytes(cols);
   for (int32_t start = 0; start < count; start += 16) {
     const int32_t left = count - start;
-    const __mmask16 mask = left < 16 ? static_cast<__mmask16>((1u << left) - 1) : 0xffff;
+    const auto mask = static_cast<__mmask16>(left < 16 ? (1u << left) - 1 : 0xffffu);
     const __m512 value = _mm512_maskz_loadu_ps(mask, x + start);
     const auto hi = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
     const __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(hi), 16));
