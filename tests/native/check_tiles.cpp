@@ -87,7 +87,7 @@ struct Case {
     std::vector<float> out(size_t{kRows} * kStride, -1.0f);
     const uint8_t* acts = isa == 4 ? amx_acts.get() : vnni_acts.get();
     kt::matrix_kernels(isa)->multiply_band(w, 0, 0, acts, stride, rows, m, out.data(), kStride,
-                                           scratch.get());
+                                           scratch.get(), nullptr);
     return out;
   }
 };

@@ -43,12 +43,15 @@ void multiply_into(const MatrixKernels& kernels, const Matrix& w, int32_t expert
   const int64_t stride = act_row_bytes(w.act, w.cols);
   float* to = out + int64_t{band} * kBandRows;
   const int32_t count = w.rows - band * kBandRows;
+  // The band after a worker's last one is read for nothing, which a product can afford.
+  const uint8_t* next = band + 1 < w.num_bands ? band_at(w, expert, band + 1) : nullptr;
   if (count >= kBandRows) {
-    kernels.multiply_band(w, expert, band, acts, stride, nullptr, num_rows, to, w.rows, scratch);
+    kernels.multiply_band(w, expert, band, acts, stride, nullptr, num_rows, to, w.rows, scratch,
+                          next);
     return;
   }
   kernels.multiply_band(w, expert, band, acts, stride, nullptr, num_rows, partial, kBandRows,
-                        scratch);
+                        scratch, next);
   for (int64_t i = 0; i < num_rows; ++i) {
     std::memcpy(to + i * w.rows, partial + i * kBandRows, static_cast<size_t>(count) * 4);
   }

@@ -13,8 +13,9 @@ namespace {
 // arithmetic for many.
 int64_t unit_cost(int32_t m) { return 8 + m; }
 
-// Calls body(expert, first, last) for the units of a piece [lo, hi) of the cost axis on which every
-// active expert occupies `units` consecutive tasks.
+// Calls body(expert, first, last, next) for the units of a piece [lo, hi) of the cost axis on which
+// every active expert occupies `units` consecutive tasks; next: the expert whose unit 0 the piece
+// goes on with, or -1.
 template <class Body>
 void walk_costs(const Grouping& g, int64_t units, int64_t lo, int64_t hi, Body&& body) {
   int64_t start = 0;
@@ -24,10 +25,10 @@ void walk_costs(const Grouping& g, int64_t units, int64_t lo, int64_t hi, Body&&
     // A unit belongs to the piece in which its cost begins.
     const int64_t first = lo <= start ? 0 : std::min(units, (lo - start + cost - 1) / cost);
     const int64_t last = std::min(units, (hi - start + cost - 1) / cost);
-    if (first < last) {
-      body(expert, first, last);
-    }
     start += units * cost;
+    if (first < last) {
+      body(expert, first, last, start < hi && i + 1 < g.num_active ? g.active[i + 1] : -1);
+    }
   }
 }
 
@@ -39,9 +40,10 @@ int64_t total_cost(const Grouping& g, int64_t units) {
   return total;
 }
 
-// One unit of phase 1: bands 2u and 2u + 1 of a part's gate and up.
+// One unit of phase 1: bands 2u and 2u + 1 of a part's gate and up. next: the gate band of this
+// worker's next unit, or nullptr.
 void up_unit(const ExpertJob& job, ExpertBuffers& buffers, int32_t worker, size_t p, int32_t expert,
-             int64_t unit) {
+             int64_t unit, const uint8_t* next) {
   const Matrix& gate = job.weights.gate->parts[p].matrix;
   const Matrix& up = job.weights.up->parts[p].matrix;
   const Weight& down = *job.weights.down;
@@ -57,10 +59,13 @@ void up_unit(const ExpertJob& job, ExpertBuffers& buffers, int32_t worker, size_
   for (int32_t at = g.start[expert]; at < g.start[expert + 1]; at += kRowBlock) {
     const int32_t m = std::min(kRowBlock, g.start[expert + 1] - at);
     for (int32_t b = 0; b < bands; ++b) {
-      job.matrix->multiply_band(gate, expert, band + b, job.x, job.x_stride, g.tokens + at, m,
-                                gate_out + b * kBandRows, kUnitRows, buffers.scratch[w]);
-      job.matrix->multiply_band(up, expert, band + b, job.x, job.x_stride, g.tokens + at, m,
-                                up_out + b * kBandRows, kUnitRows, buffers.scratch[w]);
+      const int32_t at_band = band + b;
+      job.matrix->multiply_band(gate, expert, at_band, job.x, job.x_stride, g.tokens + at, m,
+                                gate_out + b * kBandRows, kUnitRows, buffers.scratch[w],
+                                band_at(up, expert, at_band));
+      job.matrix->multiply_band(up, expert, at_band, job.x, job.x_stride, g.tokens + at, m,
+                                up_out + b * kBandRows, kUnitRows, buffers.scratch[w],
+                                b + 1 < bands ? band_at(gate, expert, at_band + 1) : next);
     }
     for (int32_t i = 0; i < m; ++i) {
       float* row = gate_out + i * kUnitRows;
@@ -98,11 +103,15 @@ void down_bands(const ExpertJob& job, ExpertBuffers& buffers, int32_t worker, si
     const int32_t expert = g.active[i];
     for (int32_t at = g.start[expert]; at < g.start[expert + 1]; at += kRowBlock) {
       const int32_t m = std::min(kRowBlock, g.start[expert + 1] - at);
-      for (int64_t band = first; band < last; ++band) {
-        job.matrix->multiply_band(part.matrix, expert, static_cast<int32_t>(band),
-                                  buffers.mid + at * mid_stride, mid_stride, nullptr, m, temp,
-                                  kBandRows, buffers.scratch[w]);
-        const int64_t to = (part.first_band + band) * kBandRows;
+      for (auto band = static_cast<int32_t>(first); band < last; ++band) {
+        const uint8_t* next = band + 1 < last        ? band_at(part.matrix, expert, band + 1)
+                              : i + 1 < g.num_active ? band_at(part.matrix, g.active[i + 1],
+                                                               static_cast<int32_t>(first))
+                                                     : nullptr;
+        job.matrix->multiply_band(part.matrix, expert, band, buffers.mid + at * mid_stride,
+                                  mid_stride, nullptr, m, temp, kBandRows, buffers.scratch[w],
+                                  next);
+        const int64_t to = int64_t{part.first_band + band} * kBandRows;
         const auto count = static_cast<int32_t>(std::min<int64_t>(kBandRows, down.rows - to));
         job.vector->add_band(job.out + to, job.out_stride, g.tokens + at, g.weights + at, temp, m,
                              count);
@@ -178,18 +187,25 @@ void run_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers
   const size_t p = part_of_worker(workers, parts, worker);
   const Range team = part_workers(workers, parts, p);
   const Grouping& g = buffers.groupings[static_cast<size_t>(worker)];
-  const int64_t units = (job.weights.gate->parts[p].matrix.num_bands + 1) / 2;
+  const Matrix& gate = job.weights.gate->parts[p].matrix;
+  const int64_t units = (gate.num_bands + 1) / 2;
   const int64_t cost = total_cost(g, units);
   // Tail pieces of about one unit of an average expert.
   const int64_t pairs = g.start[g.num_active == 0 ? 0 : g.active[g.num_active - 1] + 1];
   const int64_t chunk = 8 + pairs / std::max(g.num_active, 1);
   share_range(cost, worker - team.first, team.last - team.first, chunk, job.tails[p],
               [&](int64_t lo, int64_t hi) {
-                walk_costs(g, units, lo, hi, [&](int32_t expert, int64_t first, int64_t last) {
-                  for (int64_t unit = first; unit < last; ++unit) {
-                    up_unit(job, buffers, worker, p, expert, unit);
-                  }
-                });
+                walk_costs(g, units, lo, hi,
+                           [&](int32_t expert, int64_t first, int64_t last, int32_t next) {
+                             for (int64_t unit = first; unit < last; ++unit) {
+                               const uint8_t* then =
+                                   unit + 1 < last
+                                       ? band_at(gate, expert, static_cast<int32_t>(2 * unit + 2))
+                                   : next >= 0 ? band_at(gate, next, 0)
+                                               : nullptr;
+                               up_unit(job, buffers, worker, p, expert, unit, then);
+                             }
+                           });
               });
 }
 

@@ -326,14 +326,16 @@ void decode_pairs(const Format& format, int b, uint8_t* lines) {
   store_pair<Format, kSigned>(lines + 384, lo, hi);
 }
 
+// ahead: what to prefetch meanwhile, as many bytes as the tile has; or nullptr.
 template <class Format, bool kSigned>
-void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedTile* tile) {
+void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedTile* tile,
+                      const uint8_t* ahead) {
   for (int half = 0; half < 16 / V::kRows; ++half) {
     const Format format(at, halves, nb, half);
     constexpr int kPerBlock = Format::kGroup16 ? 2 : 1;
     for (int b = 0; b < nb; ++b) {
-      if (half == 0) {
-        prefetch<(Format::kStep + 63) / 64>(at + kAhead + b * Format::kStep);
+      if (half == 0 && ahead != nullptr) {
+        prefetch<(Format::kStep + 63) / 64>(ahead + b * Format::kStep);
       }
       decode_pairs<Format, kSigned>(format, b, &tile->lines[8 * b][0] + half * 32);
       for (int i = b * kPerBlock; i < (b + 1) * kPerBlock; ++i) {

@@ -55,10 +55,12 @@ struct MatrixKernels {
   // out[i * out_stride + r] = dot(row `band * 16 + r`, activation rows[i]) for i < m, r < 16.
   // acts: prepared rows, act_stride bytes apart; rows: indices into them, or nullptr for 0..m-1.
   // Any m >= 1: the band is read from memory once. scratch: multiply_scratch_bytes(cols).
+  // next: the band that this thread multiplies next, of any matrix with an equal band size, or
+  // nullptr; its beginning is asked for while the end of this band is computed.
   // The order of additions does not depend on m: a row gives the same bits alone and in company.
   void (*multiply_band)(const Matrix& w, int32_t expert, int32_t band, const uint8_t* acts,
                         int64_t act_stride, const int32_t* rows, int32_t m, float* out,
-                        int64_t out_stride, void* scratch);
+                        int64_t out_stride, void* scratch, const uint8_t* next);
   // Runs `rounds` rounds of independent multiply-adds in registers, with the widest integer
   // (kind 0), bf16 (1) or f32 (2) instruction; returns how many multiply-adds that were, 0 when the
   // ISA has no such instruction. For kt_bench_peak.

@@ -35,7 +35,7 @@ void prepare_amx(ActKind kind, const float* x, int32_t cols, int32_t first, int3
 
 void multiply_amx(const Matrix& w, int32_t expert, int32_t band, const uint8_t* acts,
                   int64_t act_stride, const int32_t* rows, int32_t m, float* out,
-                  int64_t out_stride, void* scratch) {
+                  int64_t out_stride, void* scratch, const uint8_t* next) {
   // Tiles take 16 rows, VNNI registers 8, both give the same bits, and a row costs about the same:
   // 16 threads of a Xeon reach 1320 GMAC/s with tiles and 1200 with VNNI for 64 rows of Q4_K, 1380
   // and 1250 for Q8_0 (bench/kernels.py), because scaling every 32 columns, not the tile unit
@@ -43,7 +43,7 @@ void multiply_amx(const Matrix& w, int32_t expert, int32_t band, const uint8_t* 
   const bool tiles =
       w.type == kBF16 || (w.act == kActQ8 && m > V::kMaxM && (m - 1) % 16 >= V::kMaxM);
   const auto multiply = tiles ? multiply_band : matrix_kernels_avx512vnni()->multiply_band;
-  multiply(w, expert, band, acts, act_stride, rows, m, out, out_stride, scratch);
+  multiply(w, expert, band, acts, act_stride, rows, m, out, out_stride, scratch, next);
 }
 
 int64_t peak_amx(int32_t kind, int64_t rounds) {

@@ -165,7 +165,7 @@ void multiply_q8(const Matrix& w, const uint8_t* band, const uint8_t* acts, int6
 
 void multiply_band(const Matrix& w, int32_t expert, int32_t band, const uint8_t* acts,
                    int64_t act_stride, const int32_t* rows, int32_t m, float* out,
-                   int64_t out_stride, void* scratch) {
+                   int64_t out_stride, void* scratch, const uint8_t* /*next*/) {
   const uint8_t* data = band_at(w, expert, band);
   if (w.act == kActF32) {
     multiply_float(w, data, acts, act_stride, rows, m, out, out_stride,

@@ -205,6 +205,7 @@ struct BandJob {
   float* out;
   int64_t out_stride;
   void* scratch;
+  const uint8_t* next;
 
   const uint8_t* act(int32_t i) const {
     return acts + (rows != nullptr ? rows[i] : i) * act_stride;
@@ -213,6 +214,16 @@ struct BandJob {
   int32_t tile_blocks(int32_t tile) const {
     const int32_t left = (w->cols - tile * kTileCols) / 32;
     return left < 8 ? left : 8;
+  }
+  // What to ask for while a tile of `step` bytes is used: one kAhead bytes later in this band, or
+  // as far into the next one; nullptr: nothing. A band's header is taken for a part of its tiles.
+  const uint8_t* ahead(int32_t tile, int64_t step) const {
+    const auto distance = static_cast<int32_t>((kAhead + step / 2) / step);
+    const int32_t later = tile + (distance < num_tiles() ? distance : num_tiles());
+    if (later < num_tiles()) {
+      return band + later * step;
+    }
+    return next == nullptr ? nullptr : next + (later - num_tiles()) * step;
   }
 };
 
@@ -246,7 +257,7 @@ __attribute__((noinline)) void few_rows(const BandJob& job) {
     for (int half = 0; half < 16 / V::kRows; ++half) {
       const int nb = job.tile_blocks(tile);
       const Format format(tiles + tile * step, job.band + tile * 32, nb, half);
-      const uint8_t* ahead = half == 0 ? tiles + tile * step + kAhead : nullptr;
+      const uint8_t* ahead = half == 0 ? job.ahead(tile, step) : nullptr;
       add_tile<M>(format, nb, 8 * tile, x, at, ahead, total[half]);
     }
   }
@@ -350,7 +361,8 @@ void multiply_format(const BandJob& job) {
   const uint8_t* tiles = job.band + band_header(job.w->type, job.w->cols);
   for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
     decode_to_memory<Format, KT_HAS_AMX != 0>(tiles + tile * step, job.band + tile * 32,
-                                              job.tile_blocks(tile), decoded);
+                                              job.tile_blocks(tile), decoded,
+                                              job.ahead(tile, step));
     add_decoded_rows<T>(job, *decoded, tile);
   }
 }
@@ -417,10 +429,36 @@ struct PairsBF16 {
   static constexpr int kHalf = 32;
 };
 
+// Two columns at a time, columns k / 4 .. end / 4 from p on; ahead: what to prefetch meanwhile, or
+// nullptr.
+template <class Pairs, int M>
+inline __attribute__((always_inline)) const uint8_t* add_pairs(const uint8_t* p, int64_t k,
+                                                               int64_t end, const uint8_t* const* x,
+                                                               const uint8_t* ahead, V::F* even,
+                                                               V::F* odd) {
+#pragma GCC unroll 2
+  for (; k < end; k += 8, p += Pairs::kBytes) {
+    V::F w0, w1;
+    if (ahead != nullptr) {
+      prefetch<Pairs::kBytes / 64>(ahead);
+      ahead += Pairs::kBytes;
+    }
+    Pairs::load(p, &w0, &w1);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      even[i] = V::fma(w0, V::repeat_f(x[i] + k), even[i]);
+      odd[i] = V::fma(w1, V::repeat_f(x[i] + k + 4), odd[i]);
+    }
+  }
+  return p;
+}
+
 template <class Pairs, int M>
 __attribute__((noinline)) void float_rows(const BandJob& job, int32_t first, int32_t count) {
   const uint8_t* x[M];
   gather_rows<M>(job, first, count, x);
+  const int64_t num_pairs = job.w->cols / 2;
+  const int64_t distance = kAhead / Pairs::kBytes < num_pairs ? kAhead / Pairs::kBytes : num_pairs;
   for (int half = 0; half < 16 / V::kRows; ++half) {
     const uint8_t* p = job.band + half * Pairs::kHalf;
     V::F even[M], odd[M];
@@ -428,24 +466,17 @@ __attribute__((noinline)) void float_rows(const BandJob& job, int32_t first, int
     for (int i = 0; i < M; ++i) {
       even[i] = odd[i] = V::zero();
     }
-    const int64_t end = 4 * static_cast<int64_t>(job.w->cols & ~1);
-    int64_t k = 0;
-#pragma GCC unroll 2
-    for (; k < end; k += 8, p += Pairs::kBytes) {
-      V::F w0, w1;
-      prefetch<Pairs::kBytes / 64>(p + kAhead);
-      Pairs::load(p, &w0, &w1);
-#pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) {
-        even[i] = V::fma(w0, V::repeat_f(x[i] + k), even[i]);
-        odd[i] = V::fma(w1, V::repeat_f(x[i] + k + 4), odd[i]);
-      }
-    }
+    // The band is in the caches when its second half or further rows are multiplied.
+    const bool fresh = half == 0 && first == 0;
+    const int64_t middle = 8 * (num_pairs - distance);
+    p = add_pairs<Pairs, M>(p, 0, middle, x, fresh ? job.band + distance * Pairs::kBytes : nullptr,
+                            even, odd);
+    p = add_pairs<Pairs, M>(p, middle, 8 * num_pairs, x, fresh ? job.next : nullptr, even, odd);
     if ((job.w->cols & 1) != 0) {
       const V::F w0 = Pairs::last(p);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
-        even[i] = V::fma(w0, V::repeat_f(x[i] + k), even[i]);
+        even[i] = V::fma(w0, V::repeat_f(x[i] + 8 * num_pairs), even[i]);
       }
     }
 #pragma GCC unroll 16
@@ -518,8 +549,9 @@ void multiply_job(const BandJob& job) {
 
 void multiply_band(const Matrix& w, int32_t expert, int32_t band, const uint8_t* acts,
                    int64_t act_stride, const int32_t* rows, int32_t m, float* out,
-                   int64_t out_stride, void* scratch) {
-  multiply_job({&w, band_at(w, expert, band), acts, act_stride, rows, m, out, out_stride, scratch});
+                   int64_t out_stride, void* scratch, const uint8_t* next) {
+  multiply_job(
+      {&w, band_at(w, expert, band), acts, act_stride, rows, m, out, out_stride, scratch, next});
 }
 
 // ---- peak rate ----

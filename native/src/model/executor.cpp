@@ -251,13 +251,14 @@ void Executor::linear_bands(const Step& s, const kt_op& op, size_t p, int32_t fi
       const int32_t columns = std::min(kBandRows, w.rows - column);
       float* to = out.data + int64_t{row} * out.stride + column;
       const uint8_t* x = acts + row * stride;
+      const uint8_t* next = band + 1 < last ? band_at(part.matrix, 0, band + 1) : nullptr;
       if (residual == nullptr && bias == nullptr && columns == kBandRows) {
         m_.matrix_->multiply_band(part.matrix, 0, band, x, stride, nullptr, m, to, out.stride,
-                                  mine.multiply);
+                                  mine.multiply, next);
         continue;
       }
       m_.matrix_->multiply_band(part.matrix, 0, band, x, stride, nullptr, m, mine.temp, kBandRows,
-                                mine.multiply);
+                                mine.multiply, next);
       for (int32_t i = 0; i < m; ++i, to += out.stride) {
         float* sums = mine.temp + i * kBandRows;
         if (bias != nullptr) {
