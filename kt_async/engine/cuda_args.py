@@ -84,3 +84,23 @@ class GroupsArg(ctypes.Structure):
     """struct Groups of linear.cu."""
 
     _fields_ = (("active", _PTR), ("start", _PTR), ("order", _PTR))
+
+
+class DecodeStepArg(ctypes.Structure):
+    """struct DecodeStep of attention.cu."""
+
+    _fields_ = (
+        ("page_start", _PTR),
+        ("last_page_len", _PTR),
+        ("page_ids", _PTR),
+        ("positions", _PTR),
+        ("kv_slot", _PTR),
+        ("rows", _I32),
+        ("page_size", _I32),
+    )
+
+
+class PartialsArg(ctypes.Structure):
+    """struct Partials of attention.cu."""
+
+    _fields_ = (("values", _PTR), ("scales", _PTR), ("arrived", _PTR))

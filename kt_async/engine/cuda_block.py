@@ -38,13 +38,17 @@ class Block:
         """Device address of an array."""
         return int(self.device.data_ptr()) + int(getattr(self.layout, name))
 
-    def decode_pages(self, rows: int, num_page_ids: int) -> StepPages:
-        """Host views for planning a decode step of `rows` rows."""
+    def pages(self, first: int, end: int, *, on_host: bool) -> StepPages:
+        """What a planner needs for rows [first, end); on_host: page ids too."""
+        row_start = self.host_ints("row_start", end + 1)[first:]
+        page_start = self.host_ints("page_start", end + 1)[first:]
+        begin, stop = int(page_start[0]), int(page_start[-1])
+        page_ids = self.host_ints if on_host else self.ints
         return StepPages(
-            row_start=self.host_ints("row_start", rows + 1),
-            page_start=self.host_ints("page_start", rows + 1),
-            last_page_len=self.host_ints("last_page_len", rows),
-            page_ids=self.host_ints("page_ids", num_page_ids),
+            row_start=row_start - row_start[0] if first else row_start,
+            page_start=page_start - begin if first else page_start,
+            last_page_len=self.host_ints("last_page_len", end)[first:],
+            page_ids=page_ids("page_ids", stop)[begin:],
         )
 
     def fill_idle(
@@ -58,16 +62,24 @@ class Block:
         if idle == 0:
             return page_ids
         for name in ("tokens", "positions"):
-            self.host_ints(name, rows)[first:] = 0
-        self.host_ints("kv_slot", rows)[first:] = scratch * page_size
-        self.host_ints("last_page_len", rows)[first:] = 1
-        starts = self.host_ints("page_start", rows + 1)
-        starts[first : rows + 1] = torch.arange(page_ids, page_ids + idle + 1, dtype=torch.int32)
-        self.host_ints("page_ids", page_ids + idle)[page_ids:] = scratch
+            self._numbers(name, rows)[first:] = 0
+        self._numbers("kv_slot", rows)[first:] = scratch * page_size
+        self._numbers("last_page_len", rows)[first:] = 1
+        after = page_ids + idle
+        self._numbers("page_start", rows + 1)[first:] = np.arange(page_ids, after + 1)
+        self._numbers("page_ids", after)[page_ids:] = scratch
         params = self.samples[first:rows]
         params[:] = np.zeros(1, SAMPLE_DTYPE)
         params["target"] = -1
         params["num_logprobs"] = -1
         params["mask_row"] = -1
         params["token_index"] = np.arange(first, rows)
-        return page_ids + idle
+        return after
+
+    def first_page(self, row: int) -> int:
+        """Where the page ids of a row begin."""
+        return int(self._numbers("page_start", row + 1)[row])
+
+    def _numbers(self, name: str, count: int) -> npt.NDArray[np.int32]:
+        start = getattr(self.layout, name)
+        return self.array[start : start + 4 * count].view(np.int32)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kt_async.engine.cuda_args import GroupsArg
-from kt_async.engine.cuda_ops import MAX_GEMV_ROWS, CudaOps
+from kt_async.engine.cuda_ops import CudaOps
 from kt_async.engine.cuda_values import PackedMatrix, Rows
 from kt_async.model.spec import ModelSpec
 
@@ -150,5 +150,5 @@ class VramExperts:
         names: Names,
     ) -> torch.Tensor:
         gate, up, down = (self.weights[name] for name in names)
-        few = x.count <= MAX_GEMV_ROWS
-        return (gemv if few else grouped_multiply)(ops, x, residual, ids, weights, (gate, up, down))
+        multiply = gemv if ops.few else grouped_multiply
+        return multiply(ops, x, residual, ids, weights, (gate, up, down))

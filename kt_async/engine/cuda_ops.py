@@ -1,8 +1,9 @@
 """Ops on the GPU: our kernels over packed weights, flashinfer attention, torch for the rest.
 
 Everything is launched on torch's current stream with no host synchronisation, so that the same
-code runs eagerly and under CUDA-graph capture. Hidden states are f32; up to 16 rows multiply
-quantised weights with int8 activations, more rows dequantise to bf16 and use tensor cores.
+code runs eagerly and under CUDA-graph capture. Hidden states are f32. Rows of decode steps multiply
+quantised weights with int8 activations, in kernels whose results for a row do not depend on the
+rows beside it; prompt rows dequantise to bf16 and use tensor cores.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from kt_async.engine.cuda_values import (
 from kt_async.ffi.cuda import KernelArgument, Kernels
 from kt_async.model.ops import AttentionShape, Routing
 
-MAX_GEMV_ROWS = 16
+MAX_GEMV_ROWS = 16  # of one launch
+_MAX_LOGIT_ROWS = 64  # that are multiplied like decode rows, whatever the step
 _GEMV_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # kernels that exist
 _THREADS = 256
 _WARP = 32
@@ -58,16 +60,35 @@ class RoutedExperts(Protocol):
         """residual + sum of the experts' outputs, f32 [T, H]."""
 
 
+class DecodeAttention(Protocol):
+    """Attention of a decode step, from the products of q, k and v to the output's input."""
+
+    def __call__(
+        self,
+        ops: CudaOps,
+        qkv: tuple[Rows, Rows, Rows],
+        rope: RopeArg,
+        cache: torch.Tensor,
+        scale: float,
+    ) -> Rows:
+        """Also stores the new keys and values. Rows of width heads * D."""
+
+
 @dataclass(slots=True)
 class CudaOps:
-    """Implements model.ops.Ops eagerly. step is set before each forward."""
+    """Implements model.ops.Ops eagerly. step is set before each forward.
+
+    few: the rows at hand go to the kernels for few rows (decode steps, logit rows).
+    """
 
     kernels: Kernels
     weights: Mapping[str, Weight]
     pages: KvPages
     page_size: int
     experts_backend: RoutedExperts
+    decode_attention: DecodeAttention | None = None
     step: StepTensors | None = None
+    few: bool = False
     _frequencies: dict[int, tuple[torch.Tensor, float]] = field(default_factory=dict)
 
     def has(self, weight: str) -> bool:
@@ -77,6 +98,7 @@ class CudaOps:
 
     def embed(self, table: str) -> Rows:
         step = self._step()
+        self.few = step.is_decode
         weight = self.weights[table]
         if isinstance(weight, FloatMatrix):
             ids = torch.where(
@@ -103,7 +125,7 @@ class CudaOps:
     def rms_norm(self, x: Rows, weight: str, eps: float) -> Rows:
         assert x.f32 is not None
         rows = x.count
-        out = self._prepared(rows, x.width, f32=True)
+        out = self.prepared(rows, x.width, f32=True)
         vector = self._tensor(weight)
         self._launch(
             "rms_norm",
@@ -125,7 +147,7 @@ class CudaOps:
         matrix = self.weights[weight]
         bias_vector = None if bias is None else self._tensor(bias)
         added = None if residual is None else residual.f32
-        if isinstance(matrix, PackedMatrix) and x.count <= MAX_GEMV_ROWS:
+        if isinstance(matrix, PackedMatrix) and self.few:
             return self._gemv(x, [matrix], [bias_vector], added)[0]
         dense = self._dense(matrix)
         out = self._multiply_dense(x, dense)
@@ -141,7 +163,7 @@ class CudaOps:
         names = biases or [None] * len(weights)
         matrices = [self.weights[w] for w in weights]
         packed = [m for m in matrices if isinstance(m, PackedMatrix)]
-        if x.count > MAX_GEMV_ROWS or len(packed) < len(matrices) or len(packed) > _MAX_GROUP:
+        if not self.few or len(packed) < len(matrices) or len(packed) > _MAX_GROUP:
             return [self.linear(x, w, bias=b) for w, b in zip(weights, names, strict=True)]
         vectors = [None if b is None else self._tensor(b) for b in names]
         return self._gemv(x, packed, vectors, None)
@@ -160,7 +182,6 @@ class CudaOps:
         rows, d = q.count, shape.head_dim
         frequencies, multiplier = self._rope(shape)
         cache = self.pages.layers[shape.layer]
-        q_out = torch.empty((rows, shape.num_heads, d), dtype=torch.bfloat16, device="cuda")
         arg = RopeArg(
             frequencies.data_ptr(),
             self._vector(q_norm),
@@ -173,6 +194,10 @@ class CudaOps:
             shape.rope.dim,
             int(shape.rope.neox),
         )
+        if step.attend is None:
+            assert self.decode_attention is not None
+            return self.decode_attention(self, (q, k, v), arg, cache, shape.scale)
+        q_out = torch.empty((rows, shape.num_heads, d), dtype=torch.bfloat16, device="cuda")
         self._launch(
             "attention_inputs",
             (rows, shape.num_heads + 2 * shape.num_kv_heads),
@@ -214,7 +239,7 @@ class CudaOps:
         return Rows(out, x.width)
 
     def silu_mul(self, gate: Rows, up: Rows) -> Rows:
-        out = self._prepared(gate.count, gate.width, f32=True)
+        out = self.prepared(gate.count, gate.width, f32=True)
         self._launch(
             "silu_mul",
             (gate.count, -(-gate.width // 1024)),
@@ -241,7 +266,11 @@ class CudaOps:
 
     def last_rows(self, x: Rows) -> Rows:
         assert x.f32 is not None
-        return Rows(x.f32[self._step().logit_tokens], x.width)
+        step = self._step()
+        if step.is_decode:
+            return x
+        self.few = len(step.logit_tokens) <= _MAX_LOGIT_ROWS
+        return Rows(x.f32[step.logit_tokens], x.width)
 
     # ---- pieces that expert backends use too
 
@@ -276,7 +305,7 @@ class CudaOps:
     def quantized(self, x: Rows) -> ActsArg:
         """The int8 form of x, made when it is missing."""
         if x.q is None:
-            made = self._prepared(x.count, x.width, f32=False, q=True)
+            made = self.prepared(x.count, x.width, f32=False, q=True)
             self._prepare(x, made)
             x.q, x.scale, x.sum16 = made.q, made.scale, made.sum16
         return acts_arg(x)
@@ -301,7 +330,7 @@ class CudaOps:
 
     def _router_logits(self, x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
         """f32 [T, E]; few rows in our own kernel, whose sums do not depend on their number."""
-        if len(x) > MAX_GEMV_ROWS:
+        if not self.few:
             return torch.nn.functional.linear(x, router)
         experts, cols = router.shape
         logits = self._empty(len(x), experts)
@@ -325,32 +354,34 @@ class CudaOps:
     ) -> list[Rows]:
         """Up to three matrices in one launch; residual is added to the first."""
         rows = x.count
-        acts = self.quantized(x)
-        kernel_rows = next(n for n in _GEMV_ROWS if n >= rows)
-        if kernel_rows != rows:  # the kernel reads whole rows: room rather than a branch per row
-            acts = self._padded(x, kernel_rows)
+        self.quantized(x)
+        last = (rows - 1) // MAX_GEMV_ROWS * MAX_GEMV_ROWS  # where the last launch begins
+        padded = last + next(n for n in _GEMV_ROWS if n >= rows - last)
+        if padded != rows:  # the kernels read whole rows: room rather than a branch per row
+            self._pad(x, padded)
             if residual is not None:
-                residual = torch.nn.functional.pad(residual, (0, 0, 0, kernel_rows - rows))
-        arg = OutputsArg()
-        outs = [self._empty(kernel_rows, m.arg.rows) for m in matrices]
-        for i, (matrix, bias, out) in enumerate(zip(matrices, biases, outs, strict=True)):
-            arg.w[i] = matrix.arg
-            arg.out[i] = out.data_ptr()
-            arg.bias[i] = address(bias)
-        arg.residual = address(residual)
-        bands = sum(m.arg.num_bands for m in matrices)
-        self._launch(f"multiply_{kernel_rows}", (bands, 1), _THREADS, [arg, acts])
+                residual = torch.nn.functional.pad(residual, (0, 0, 0, padded - rows))
+        outs = [self._empty(padded, m.arg.rows) for m in matrices]
+        for first in range(0, padded, MAX_GEMV_ROWS):
+            arg = OutputsArg()
+            for i, (matrix, bias, out) in enumerate(zip(matrices, biases, outs, strict=True)):
+                arg.w[i] = matrix.arg
+                arg.out[i] = out[first:].data_ptr()
+                arg.bias[i] = address(bias)
+            arg.residual = None if residual is None else residual[first:].data_ptr()
+            bands = sum(m.arg.num_bands for m in matrices)
+            count = min(MAX_GEMV_ROWS, padded - first)
+            self._launch(f"multiply_{count}", (bands, 1), _THREADS, [arg, acts_arg(x, first)])
         return [Rows(out[:rows], out.shape[1]) for out in outs]
 
-    def _padded(self, x: Rows, rows: int) -> ActsArg:
+    def _pad(self, x: Rows, rows: int) -> None:
         assert x.q is not None
         assert x.scale is not None
         assert x.sum16 is not None
-        if x.q.shape[0] < rows:
-            extra = rows - x.q.shape[0]
+        extra = rows - x.q.shape[0]
+        if extra > 0:
             pad = torch.nn.functional.pad
             x.q, x.scale, x.sum16 = (pad(t, (0, 0, 0, extra)) for t in (x.q, x.scale, x.sum16))
-        return acts_arg(x)
 
     def _dense(self, matrix: Weight) -> torch.Tensor:
         if isinstance(matrix, FloatMatrix):
@@ -366,9 +397,9 @@ class CudaOps:
         source = self.as_bf16(x).to(dense.dtype)
         return torch.nn.functional.linear(source, dense).float()
 
-    def _prepared(self, rows: int, width: int, *, f32: bool, q: bool | None = None) -> Rows:
+    def prepared(self, rows: int, width: int, *, f32: bool, q: bool | None = None) -> Rows:
         """Room for a value; the int8 form when few rows will want it."""
-        small = rows <= MAX_GEMV_ROWS if q is None else q
+        small = self.few if q is None else q
         out = Rows(self._empty(rows, width) if f32 else None, width)
         if small:
             out.q = torch.empty((rows, width), dtype=torch.int8, device="cuda")

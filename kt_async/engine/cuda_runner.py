@@ -1,13 +1,13 @@
 """Runs steps on the GPU: decode as CUDA graphs of fixed row counts, everything else eagerly.
 
-A pure decode step is padded to the next bucket (idle rows attend one position of a scratch page),
-its metadata is copied as one block, and one native call replays the graph, serves the CPU experts'
-hand-off and waits. Prefill and mixed steps run the same forward eagerly.
+Decode rows are padded to the next bucket (idle rows attend one position of a scratch page), their
+metadata is copied as one block, and one native call replays the graph, serves the CPU experts'
+hand-off and waits. Prompt rows run the same forward eagerly. A step that has both runs as two parts,
+so that a decode row's result never depends on the prompts beside it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import time
 from collections.abc import Callable
@@ -20,25 +20,23 @@ import torch
 from kt_async.engine.cuda_attention import (
     FlashDecode,
     Heads,
-    StepPages,
     make_decode_planner,
     make_prefill_planner,
 )
-from kt_async.engine.cuda_block import SAMPLE_DTYPE, Block
+from kt_async.engine.cuda_block import Block
+from kt_async.engine.cuda_decode import PagedDecode, is_served
 from kt_async.engine.cuda_experts import moe_names
+from kt_async.engine.cuda_forward import Forward, Part
 from kt_async.engine.cuda_offload import HandoffExperts, StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda_values import StepTensors
-from kt_async.engine.runner import StepResult
 from kt_async.errors import EngineError
 from kt_async.ffi import structs
 from kt_async.ffi.handoff import Handoff
-from kt_async.model import FORWARDS
 from kt_async.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-_SAMPLE_THREADS = 1024
 _LAYER_TIMEOUT_NS = 10_000_000_000
 
 
@@ -58,8 +56,10 @@ class Graph:
 
     rows: int
     graph: torch.cuda.CUDAGraph
-    planner: FlashDecode
+    exec: int  # the CUDA handle
+    planner: FlashDecode | None  # where our own decode attention does not serve the shapes
     step: StepTensors  # its tensors are read by the graph: they must live as long
+    logits: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,26 +94,15 @@ class CudaRunner:
         self.on_close: Callable[[], None] = lambda: None  # frees what the runner was given
         self._layout = layout
         self.block = Block(layout)
-        self._forward: Callable[..., object] = FORWARDS[spec.architecture]
         heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim**-0.5)
         self._heads = heads
         self._prefill = make_prefill_planner(heads, limits.page_size)
-        capacity = layout.max_samples
-        vocab = spec.vocab_size
-        self._logits = torch.empty((capacity, vocab), dtype=torch.float32, device="cuda")
-        self._work = torch.empty_like(self._logits)
-        top = structs.KT_MAX_LOGPROBS
-        # One device tensor and one pinned twin hold all results: a single copy brings them back.
-        self._out_words = capacity * (2 + 2 * top)
-        self._out = torch.zeros(self._out_words, dtype=torch.int32, device="cuda")
-        self._host_out = torch.zeros(self._out_words, dtype=torch.int32, pin_memory=True)
-        words = self._host_out.numpy()
-        self.result = StepResult(
-            tokens=words[:capacity],
-            logprobs=words[capacity : 2 * capacity].view(np.float32),
-            top_ids=words[2 * capacity : (2 + top) * capacity].reshape(capacity, top),
-            top_logprobs=words[(2 + top) * capacity :].view(np.float32).reshape(capacity, top),
-        )
+        if is_served(heads, limits.page_size):
+            rows = layout.max_rows
+            ops.decode_attention = PagedDecode.allocate(heads, self.block, limits.page_size, rows)
+        self._forward = Forward(ops, spec, self.block, limits.sample_vocab)
+        self._logits = self._forward.work  # of the last step
+        self.result = self._forward.result
         self._moe_names = moe_names(spec)
         self._stats = {"graph_steps": 0.0, "eager_steps": 0.0, "run_ns": 0.0, "expert_ns": 0.0}
         self._graphs: dict[int, Graph] = {}
@@ -123,9 +112,9 @@ class CudaRunner:
             stream=self._stream.cuda_stream,
             block_device=self.block.device.data_ptr(),
             block_host=self.block.host.data_ptr(),
-            results_host=self._host_out.data_ptr(),
-            results_device=self._out.data_ptr(),
-            results_bytes=4 * self._out_words,
+            results_host=self._forward.host_out.data_ptr(),
+            results_device=self._forward.out.data_ptr(),
+            results_bytes=self._forward.out.nbytes,
             timeout_ns=_LAYER_TIMEOUT_NS,
         )
         if use_graphs:
@@ -140,26 +129,35 @@ class CudaRunner:
     ) -> None:
         begin = time.monotonic_ns()
         assert block.ctypes.data == self.block.array.ctypes.data, "not the block from make_block"
-        with torch.cuda.stream(self._stream):
-            if plan.num_copies_out or plan.num_copies_in:
+        if plan.num_copies_out or plan.num_copies_in:
+            with torch.cuda.stream(self._stream):
                 self._pages.move(plan, self._layout, self.block.array)
-            if plan.num_tokens == 0:
-                # The block is written anew before these copies were read: wait for them.
-                self._stream.synchronize()
-                return
-            rows = plan.num_rows
-            graph = None
-            if plan.num_tokens == plan.num_decode_rows == plan.num_samples:
-                graph = next((g for n, g in self._graphs.items() if n >= rows), None)
-            if graph is not None:
-                self._run_graph(graph, plan)
-            else:
-                self._run_eager(plan)
-        self._stats["graph_steps" if graph else "eager_steps"] += 1
+                if plan.num_tokens == 0:
+                    # The block is written anew before these copies were read: wait for them.
+                    self._stream.synchronize()
+                    return
+        decode = plan.num_decode_rows
+        graph = next((g for n, g in self._graphs.items() if n >= decode), None) if decode else None
+        if decode == plan.num_rows:
+            self._run_decode(graph, plan, decode, plan.num_page_ids)
+        elif decode == 0:
+            self._run_eagerly(plan, _prompts(plan, 0))
+        else:
+            block = self.block.array[: plan.used_bytes]
+            kept = block.copy()  # the graph's idle rows take the places of the prompt rows
+            self._run_decode(graph, plan, decode, self.block.first_page(decode))
+            block[:] = kept
+            self._run_eagerly(plan, _prompts(plan, decode))
         self._stats["run_ns"] += time.monotonic_ns() - begin
 
+    def _run_decode(self, graph: Graph | None, plan: structs.Plan, rows: int, pages: int) -> None:
+        if graph is not None:
+            self._run_graph(graph, plan, rows, pages)
+        else:
+            self._run_eagerly(plan, Part((0, rows), (0, rows), (0, rows), is_decode=True))
+
     def read_logits(self, count: int) -> npt.NDArray[np.float32]:
-        """Logits [count, V] of the step just run (tests and evaluation)."""
+        """Logits [count, V] of the last part of the step just run (tests and evaluation)."""
         logits: npt.NDArray[np.float32] = self._logits[:count].cpu().numpy()
         return logits
 
@@ -171,68 +169,20 @@ class CudaRunner:
         self._handoff.close()
         self.on_close()
 
-    # ---- one forward
-
-    def _step(self, tokens: int, samples: int, planner_attend: object) -> StepTensors:
-        b = self.block
-        params = b.device[self._layout.samples :].view(torch.int32)
-        words = SAMPLE_DTYPE.itemsize // 4
-        at = SAMPLE_DTYPE.fields["token_index"][1] // 4  # type: ignore[index]
-        logit_tokens = params[: samples * words].view(samples, words)[:, at].long()
-        return StepTensors(
-            tokens=b.ints("tokens", tokens),
-            positions=b.ints("positions", tokens),
-            kv_slot=b.ints("kv_slot", tokens),
-            logit_tokens=logit_tokens,
-            sampled=self._out,
-            attend=planner_attend,  # type: ignore[arg-type]
-        )
-
-    def _run_forward(self, step: StepTensors, samples: int, experts: RoutedExperts) -> None:
-        self._ops.step = step
-        self._ops.experts_backend = experts
-        logits = self._forward(self._ops, self._spec)
-        self._logits[:samples] = logits.f32  # type: ignore[attr-defined]
-        self._sample(samples)
-
-    def _sample(self, samples: int) -> None:
-        b, capacity, top = self.block, self._layout.max_samples, structs.KT_MAX_LOGPROBS
-        out = self._out.data_ptr()
-        pointers = [
-            ctypes.c_void_p(self._logits.data_ptr()),
-            ctypes.c_void_p(self._work.data_ptr()),
-            ctypes.c_int32(self._spec.vocab_size),
-            ctypes.c_int32(self._limits.sample_vocab),
-            *(
-                ctypes.c_void_p(b.address(name))
-                for name in ("samples", "bias_ids", "bias_values", "history_ids", "history_counts")
-            ),
-            ctypes.c_void_p(out),
-            ctypes.c_void_p(out + 4 * capacity),
-            ctypes.c_void_p(out + 8 * capacity),
-            ctypes.c_void_p(out + 4 * (2 + top) * capacity),
-        ]
-        self._ops.launch("sample", (samples, 1), pointers, _SAMPLE_THREADS)
-
-    def _run_eager(self, plan: structs.Plan) -> None:
-        b = self.block
-        used = plan.used_bytes
-        b.device[:used].copy_(b.host[:used], non_blocking=True)
-        rows = plan.num_rows
-        pages = StepPages(
-            row_start=b.host_ints("row_start", rows + 1),
-            page_start=b.host_ints("page_start", rows + 1),
-            last_page_len=b.host_ints("last_page_len", rows),
-            page_ids=b.ints("page_ids", plan.num_page_ids),
-        )
-        attend = self._prefill.plan(pages)
-        experts = self._prefill_experts
-        if isinstance(experts, StreamedExperts):
-            experts.begin_step(plan.num_tokens, self._moe_names)
-        step = self._step(plan.num_tokens, plan.num_samples, attend)
-        self._run_forward(step, plan.num_samples, experts)
-        self._host_out.copy_(self._out, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
+    def _run_eagerly(self, plan: structs.Plan, part: Part) -> None:
+        b, used = self.block, plan.used_bytes
+        with torch.cuda.stream(self._stream):
+            b.device[:used].copy_(b.host[:used], non_blocking=True)
+            attend = None
+            if not (part.is_decode and self._ops.decode_attention):
+                attend = self._prefill.plan(b.pages(*part.rows, on_host=False))
+            experts = self._prefill_experts
+            if isinstance(experts, StreamedExperts):
+                experts.begin_step(part.tokens[1] - part.tokens[0], self._moe_names)
+            step = self._forward.step(part, attend)
+            self._logits = self._forward.run(step, part, experts)
+            self._forward.read_back()
+        self._stats["eager_steps"] += 1
 
     # ---- graphs
 
@@ -240,24 +190,28 @@ class CudaRunner:
         begin = time.monotonic()
         sizes = buckets(self._layout.max_rows)
         for rows in reversed(sizes):  # the largest first: the others reuse its memory pool
-            planner = make_decode_planner(
-                self._heads, self._limits.page_size, rows, self._limits.max_page_ids + rows
-            )
-            if planner is None:
-                log.info("flashinfer is not installed: decode runs without CUDA graphs")
-                return
+            planner = None
+            if self._ops.decode_attention is None:
+                planner = make_decode_planner(
+                    self._heads, self._limits.page_size, rows, self._limits.max_page_ids + rows
+                )
+                if planner is None:
+                    log.info("flashinfer is not installed: decode runs without CUDA graphs")
+                    return
             self._graphs[rows] = self._capture(rows, planner)
         self._graphs = dict(sorted(self._graphs.items()))
         log.info("captured %d graphs in %.1f s", len(sizes), time.monotonic() - begin)
 
-    def _capture(self, rows: int, planner: FlashDecode) -> Graph:
+    def _capture(self, rows: int, planner: FlashDecode | None) -> Graph:
         self.block.fill_idle(0, rows, self._limits.num_pages, self._limits.page_size)
         pool = next((g.graph.pool() for g in self._graphs.values()), None)
+        part = Part((0, rows), (0, rows), (0, rows), is_decode=True)
         with torch.cuda.stream(self._stream):
             self.block.device.copy_(self.block.host)
-            attend = planner.plan(self.block.decode_pages(rows, rows))
-            step = self._step(rows, rows, attend)
-            step.logit_tokens = torch.arange(rows, device="cuda")
+            attend = None
+            if planner is not None:
+                attend = planner.plan(self.block.pages(0, rows, on_host=True))
+            step = self._forward.step(part, attend)
             # A capture cannot load modules or pick algorithms: run everything once before. The
             # hand-off needs the CPU's side of the protocol, which is not there yet.
             warm = (
@@ -267,30 +221,42 @@ class CudaRunner:
             )
             if isinstance(warm, StreamedExperts):
                 warm.begin_step(rows, self._moe_names)
-            self._run_forward(step, rows, warm)
+            self._forward.run(step, part, warm)
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph(keep_graph=True)
             with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-                self._run_forward(step, rows, self._decode_experts)
+                logits = self._forward.run(step, part, self._decode_experts)
             graph.instantiate()
-        return Graph(rows, graph, planner, step)
+        return Graph(rows, graph, graph.raw_cuda_graph_exec(), planner, step, logits)
 
-    def _run_graph(self, graph: Graph, plan: structs.Plan) -> None:
+    def _run_graph(self, graph: Graph, plan: structs.Plan, rows: int, page_ids: int) -> None:
+        """rows: in use; the block's first page_ids page ids are theirs."""
+        limits = self._limits
         page_ids = self.block.fill_idle(
-            plan.num_rows,
-            graph.rows,
-            self._limits.num_pages,
-            self._limits.page_size,
-            plan.num_page_ids,
+            rows, graph.rows, limits.num_pages, limits.page_size, page_ids
         )
-        graph.planner.plan(self.block.decode_pages(graph.rows, page_ids))
+        if graph.planner is not None:
+            with torch.cuda.stream(self._stream):
+                graph.planner.plan(self.block.pages(0, graph.rows, on_host=True))
         step = self._gpu_step
         step.num_tokens = graph.rows
-        step.graph_exec = graph.graph.raw_cuda_graph_exec()
-        step.block_bytes = self._layout.page_ids + 4 * page_ids
+        step.graph_exec = graph.exec
+        step.block_bytes = max(plan.used_bytes, self._layout.page_ids + 4 * page_ids)
         self._handoff.run(step)
+        self._logits = graph.logits
+        self._stats["graph_steps"] += 1
         self._stats["expert_ns"] += step.expert_ns
         if isinstance(self._decode_experts, HandoffExperts):
             error = int(self._decode_experts.buffers.error[0])
             if error:
                 raise EngineError(f"the CPU experts did not answer the GPU (state {error})")
+
+
+def _prompts(plan: structs.Plan, decode: int) -> Part:
+    """The rows of a plan after its decode rows."""
+    return Part(
+        (decode, plan.num_rows),
+        (decode, plan.num_tokens),
+        (decode, plan.num_samples),
+        is_decode=False,
+    )

@@ -56,7 +56,8 @@ class StepTensors:
     kv_slot: torch.Tensor  # int32 [T]
     logit_tokens: torch.Tensor  # int64 [S] indices into T
     sampled: torch.Tensor  # int32 ids of the previous step's logit rows
-    attend: Attend
+    attend: Attend | None  # None: ops.decode_attention
+    is_decode: bool = False  # every row is one token and has a logit row
 
 
 class Attend(Protocol):
@@ -71,9 +72,10 @@ def address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def acts_arg(rows: Rows) -> ActsArg:
-    """The int8 form of rows for the kernels."""
-    return ActsArg(address(rows.q), address(rows.scale), address(rows.sum16))
+def acts_arg(rows: Rows, first: int = 0) -> ActsArg:
+    """The int8 form of rows, from row `first` on, for the kernels."""
+    forms = (rows.q, rows.scale, rows.sum16)
+    return ActsArg(*(address(None if form is None else form[first:]) for form in forms))
 
 
 def prepared_arg(rows: Rows) -> PreparedArg:

@@ -211,13 +211,13 @@ class BlockLayout(ctypes.Structure):
         ("page_start", ctypes.c_int64),
         ("last_page_len", ctypes.c_int64),
         ("samples", ctypes.c_int64),
+        ("page_ids", ctypes.c_int64),
         ("bias_ids", ctypes.c_int64),
         ("bias_values", ctypes.c_int64),
         ("history_ids", ctypes.c_int64),
         ("history_counts", ctypes.c_int64),
         ("copies_out", ctypes.c_int64),
         ("copies_in", ctypes.c_int64),
-        ("page_ids", ctypes.c_int64),
     )
 
 

@@ -230,7 +230,8 @@ typedef struct kt_sample_params {
 } kt_sample_params;
 
 /* Byte offsets of the arrays inside the block; fixed when the scheduler is created, so that one
- * copy moves a step and captured graphs may hold the addresses. */
+ * copy moves a step and captured graphs may hold the addresses. In memory page_ids follows samples,
+ * so that a short copy suffices for a step without bias and history. */
 typedef struct kt_block_layout {
   uint32_t struct_size;
   int32_t max_tokens;
@@ -247,13 +248,13 @@ typedef struct kt_block_layout {
   int64_t page_start;     /* int32 [R + 1] ranges in page_ids (KV indptr) */
   int64_t last_page_len;  /* int32 [R] used positions of the row's last page */
   int64_t samples;        /* kt_sample_params [S] */
+  int64_t page_ids;       /* int32 [sum of pages] */
   int64_t bias_ids;       /* int32 */
   int64_t bias_values;    /* float */
   int64_t history_ids;    /* int32 distinct tokens of prompt and output */
   int64_t history_counts; /* int32 how often among the generated ones (0 = only in the prompt) */
   int64_t copies_out;     /* int32 [num_copies_out, 2] (page, host_page): page -> host */
   int64_t copies_in;      /* int32 [num_copies_in, 2] (page, host_page): host -> page */
-  int64_t page_ids;       /* int32 [sum of pages]; last, so that a short copy suffices */
 } kt_block_layout;
 
 typedef struct kt_plan {
@@ -270,7 +271,7 @@ typedef struct kt_plan {
   int32_t lane_waits; /* 1: prompt tokens were left to kt_sched_plan_lane */
   int32_t reserved;
   uint64_t step_id;
-  int64_t used_bytes; /* the block's content ends here */
+  int64_t used_bytes; /* all but the copies, which the host reads, lies before this */
 } kt_plan;
 
 /* Result of sampling; arrays owned by the caller, capacity >= S. */

@@ -17,7 +17,8 @@ if not torch.cuda.is_available():
 from kt_async.engine.cuda_build import CudaOptions, load_cuda_runner  # noqa: E402
 from kt_async.engine.cuda_runner import CudaLimits  # noqa: E402
 from kt_async.engine.runner import CpuLimits  # noqa: E402
-from kt_async.engine.types import SamplingParams  # noqa: E402
+from kt_async.engine.types import GenerationRequest, SamplingParams  # noqa: E402
+from kt_async.ffi import structs  # noqa: E402
 from tests.reference.checkpoints import (  # noqa: E402
     QWEN3,
     exact_model,
@@ -25,7 +26,7 @@ from tests.reference.checkpoints import (  # noqa: E402
     hf_logprobs,
     make_checkpoint,
 )
-from tests.reference.harness import DirectEngine, log_softmax, mean_kl  # noqa: E402
+from tests.reference.harness import GREEDY, DirectEngine, log_softmax, mean_kl  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -93,6 +94,81 @@ def test_prompt_kl(folder: Path, type_name: str, experts_in_vram: bool, chunk: i
     kl = mean_kl(hf_logprobs(exact_model(path), prompt(300)), ours)
     print(f"KL {type_name} vram={experts_in_vram} chunk={chunk}: {kl:.2e}")
     assert kl <= KL_LIMITS[type_name]
+
+
+@pytest.mark.parametrize("experts_in_vram", [True, False])
+@pytest.mark.parametrize("type_name", ["Q8_0", "Q4_K", "Q6_K"])
+def test_decode_kl(folder: Path, type_name: str, experts_in_vram: bool) -> None:
+    """Decode steps multiply with other kernels than prompts do."""
+    path = checkpoint(folder, type_name)
+    made = engine(path, experts_in_vram=experts_in_vram, use_graphs=True, max_batch_size=1)
+    ids, logits = prompt(140), []
+    try:
+        made.submit(GenerationRequest("test", ids, 40, SamplingParams(temperature=0.0)))
+        while len(ids) < 180:
+            tokens = [e[3] for e in made.step() if e[1] == structs.KT_EVENT_TOKEN]
+            logits.extend(made.runner.read_logits(1) for _ in tokens)
+            ids.extend(tokens)
+        assert made.runner.stats()["graph_steps"] == 39
+    finally:
+        made.close()
+    ours = log_softmax(np.concatenate(logits))
+    kl = mean_kl(hf_logprobs(exact_model(path), ids)[139:179], ours)
+    print(f"decode KL {type_name} vram={experts_in_vram}: {kl:.2e}")
+    assert kl <= KL_LIMITS[type_name]
+
+
+@pytest.mark.parametrize("type_name", ["Q8_0", "Q4_K", "Q6_K"])
+def test_graphs_give_the_logits_of_eager_steps(folder: Path, type_name: str) -> None:
+    """Bit for bit, in every bucket."""
+    path = checkpoint(folder, type_name)
+    results = []
+    for use_graphs in (False, True):
+        made = engine(path, experts_in_vram=True, use_graphs=use_graphs, max_batch_size=19)
+        logits = []
+        try:
+            for i in range(19):
+                request = GenerationRequest("test", prompt(9 + 7 * i, i), 6 + i, GREEDY)
+                made.submit(request)
+            while made.step() or made.scheduler.stats()["num_running"]:
+                plan = made.scheduler.plan_struct
+                if plan.num_decode_rows == plan.num_rows:
+                    logits.append(made.runner.read_logits(plan.num_rows))
+            assert (made.runner.stats()["graph_steps"] > 0) == use_graphs
+        finally:
+            made.close()
+        results.append(logits)
+    assert [len(x) for x in results[0]] == [len(x) for x in results[1]]
+    assert {len(x) for x in results[0]} >= {1, 2, 5, 9, 17}
+    assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("type_name", ["Q8_0", "Q4_K"])
+def test_requests_that_join_others_give_the_text_of_each_alone(
+    folder: Path, type_name: str, seed: int
+) -> None:
+    """Prompts arrive while others decode; 24 rows are more than one launch takes."""
+    path = checkpoint(folder, type_name)
+    prompts = [prompt(20 + 11 * i, seed=100 * seed + i) for i in range(24)]
+    made = engine(path, experts_in_vram=True, use_graphs=True, max_batch_size=24, chunk_size=512)
+    try:
+        alone = [made.generate([p], 24)[0] for p in prompts]
+        ids, texts = [], {}
+        while len(ids) < len(prompts) or made.scheduler.stats()["num_running"]:
+            if len(ids) < len(prompts):
+                request = GenerationRequest("test", prompts[len(ids)], 24, GREEDY)
+                ids.append(made.submit(request))
+            for seq_id, kind, _finish, token, *_ in made.step():
+                if kind == structs.KT_EVENT_TOKEN:
+                    texts.setdefault(seq_id, []).append(token)
+        together = [texts[i] for i in ids]
+        stats = made.runner.stats()
+    finally:
+        made.close()
+    same = sum(a == b for a, b in zip(alone, together, strict=True))
+    print(f"{type_name} {seed}: {same} of {len(prompts)} texts are the same; {stats}")
+    assert together == alone
 
 
 @pytest.mark.parametrize("experts_in_vram", [True, False])

@@ -207,7 +207,14 @@ class Sim:
     def _run(self) -> np.ndarray:
         """Check the planned step, write its KV, and return its sampled tokens."""
         plan = self._current
-        assert plan.used_bytes == self.scheduler.layout.page_ids + 4 * plan.num_page_ids
+        last = "page_ids", plan.num_page_ids
+        if plan.num_history or plan.num_bias:
+            last = (
+                ("history_counts", plan.num_history)
+                if plan.num_history
+                else ("bias_values", plan.num_bias)
+            )
+        assert plan.used_bytes == getattr(self.scheduler.layout, last[0]) + 4 * last[1]
         assert plan.num_rows <= self.config.max_batch_size
         assert plan.num_tokens <= max(self.config.chunk_size, self.config.max_batch_size)
         assert plan.num_samples <= self.config.max_samples

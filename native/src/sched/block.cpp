@@ -51,13 +51,13 @@ kt_block_layout block_layout(const kt_sched_config& config) {
   layout.page_start = place(end, (rows + 1) * 4);
   layout.last_page_len = place(end, rows * 4);
   layout.samples = place(end, config.max_samples * static_cast<int64_t>(sizeof(kt_sample_params)));
+  layout.page_ids = place(end, capacity.page_ids * 4);
   layout.bias_ids = place(end, capacity.bias * 4);
   layout.bias_values = place(end, capacity.bias * 4);
   layout.history_ids = place(end, capacity.history * 4);
   layout.history_counts = place(end, capacity.history * 4);
   layout.copies_out = place(end, capacity.copies * 8);
   layout.copies_in = place(end, capacity.copies * 8);
-  layout.page_ids = place(end, capacity.page_ids * 4);
   layout.num_bytes = end;
   return layout;
 }
@@ -153,8 +153,18 @@ void BlockWriter::add_copies(const std::vector<PageCopy>& out, const std::vector
 
 void BlockWriter::finish(uint64_t step_id) {
   plan_->step_id = step_id;
-  plan_->used_bytes =
-      layout_.page_ids + plan_->num_page_ids * static_cast<int64_t>(sizeof(int32_t));
+  int64_t words = 0;
+  int64_t start = layout_.page_ids;
+  if (plan_->num_history > 0) {
+    start = layout_.history_counts;
+    words = plan_->num_history;
+  } else if (plan_->num_bias > 0) {
+    start = layout_.bias_values;
+    words = plan_->num_bias;
+  } else {
+    words = plan_->num_page_ids;
+  }
+  plan_->used_bytes = start + words * static_cast<int64_t>(sizeof(int32_t));
 }
 
 }  // namespace kt::sched
