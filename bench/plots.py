@@ -1,4 +1,4 @@
-"""PNG plots of a serving run: throughput and latency against concurrency.
+"""PNG plots: throughput and latency of a serving run, and an expert layer against its bound.
 
 matplotlib comes with the `dev` extra; without it the run says so and goes on.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
+from bench.stats import median
 
 # One look for both plots: title and the curves as (metric, label).
 _PLOTS = {
@@ -39,14 +40,7 @@ def draw(cells: Sequence[Mapping[str, Any]], stem: Path, title: str) -> list[Pat
     cells: records with "clients", "median" {metric: value} and "runs" {metric: [values]}; the
     error bars are the range of the runs. Raises BenchError when matplotlib is missing.
     """
-    try:
-        mpl = importlib.import_module("matplotlib")
-        mpl.use("Agg")  # draws without a display
-        plt = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        raise BenchError(
-            "no plots: matplotlib is not installed (pip install 'kt_async[dev]' has it)"
-        ) from None
+    plt = _pyplot()
     ordered = sorted(cells, key=lambda cell: int(cell["clients"]))
     written = []
     for name, (unit, curves) in _PLOTS.items():
@@ -65,6 +59,50 @@ def draw(cells: Sequence[Mapping[str, Any]], stem: Path, title: str) -> list[Pat
         plt.close(figure)
         written.append(path)
     return written
+
+
+def draw_layer(
+    path: Path,
+    title: str,
+    tokens: Sequence[int],
+    seconds: Sequence[Sequence[float]],
+    bounds: Sequence[float],
+) -> None:
+    """Write a plot of an expert layer's time over concurrent tokens beside its bound.
+
+    seconds: of every run, by number of tokens; the line is the best run, the bar reaches to the
+    median. bounds: seconds that reading the distinct experts takes. Raises BenchError when
+    matplotlib is missing.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    best = [1e6 * min(times) for times in seconds]
+    to_median = [1e6 * median(times) - low for times, low in zip(seconds, best, strict=True)]
+    zeros = [0.0] * len(best)
+    axes.errorbar(tokens, best, yerr=[zeros, to_median], marker="o", capsize=3, label="measured")
+    limit = [1e6 * bound for bound in bounds]
+    axes.plot(tokens, limit, "k--", label="distinct experts' bytes / read bandwidth")
+    axes.fill_between(tokens, limit, [1.1 * x for x in limit], alpha=0.2, label="+ 10 %")
+    axes.set_xlabel("tokens of the step (concurrent decodes)")
+    axes.set_ylabel("microseconds per layer")
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize=9)
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        mpl = importlib.import_module("matplotlib")
+        mpl.use("Agg")  # draws without a display
+        return importlib.import_module("matplotlib.pyplot")
+    except ImportError:
+        raise BenchError(
+            "no plots: matplotlib is not installed (pip install 'kt_async[dev]' has it)"
+        ) from None
 
 
 def _curve(axes: Any, cells: Sequence[Mapping[str, Any]], metric: str, label: str) -> None:

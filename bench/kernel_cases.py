@@ -1,0 +1,237 @@
+"""What bench/kernels.py times: products, routed-expert layers, and the limits they are held to."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType, quants
+
+from bench import stats
+from bench.record import ResultFile
+from kt_async.errors import KtError
+from kt_async.ffi.experts import experts_multiply
+from kt_async.ffi.matrix import Matrix, dequantize, peak_rate, type_info
+from kt_async.ffi.pool import Pool
+from kt_async.model.synthetic import random_blocks
+from kt_async.weights.gguf_header import TYPE_IDS
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+_FLOATS = ("F32", "F16", "BF16")
+_COLS = 2048
+# Relative error of a product: f32 sums; activations rounded to int8 (uniform error of a 127th).
+_TOLERANCE = {True: 1e-5, False: 2e-2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A routed-expert layer: hidden size, expert width, number of experts, experts per token."""
+
+    hidden: int
+    width: int
+    experts: int
+    top_k: int
+
+
+# DeepSeek-V3 has 256 experts; 64 are enough to defeat the caches and fit in memory.
+SHAPES = {"qwen3": Shape(2048, 768, 128, 8), "deepseek3": Shape(7168, 2048, 64, 8)}
+
+
+@dataclass
+class Curve:
+    """One expert layer over numbers of tokens: seconds of every run, bytes that a run reads."""
+
+    title: str
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[list[float]] = field(default_factory=list)
+    bytes: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes and multiply-adds per second that all workers reach together."""
+
+    read: float
+    integer: float | None
+    bf16: float | None
+    f32: float | None
+
+    def peak(self, type_name: str) -> float | None:
+        """The peak that bounds products with this type's weights."""
+        if type_name not in _FLOATS:
+            return self.integer or self.f32
+        # A bf16 tile multiplies faster than f32 units do, but takes two passes (high and low part).
+        halved = (self.bf16 or 0) / 2
+        return max(halved, self.f32 or 0) if type_name == "BF16" else self.f32
+
+    def seconds(self, type_name: str, num_bytes: float, macs: float) -> float:
+        """The shortest possible time."""
+        return max(num_bytes / self.read, macs / (self.peak(type_name) or float("inf")))
+
+
+def measure_limits(pool: Pool, num_bytes: int) -> Limits:
+    """Read bandwidth and peaks of this pool."""
+    rates = [peak_rate(pool, kind) for kind in range(3)]
+    return Limits(pool.read_bandwidth(num_bytes, 8), *rates)
+
+
+def best_time(run: Callable[[int], object], repeats: int, least: float = 0.3) -> list[float]:
+    """Seconds of each of at least `repeats` runs and at most `least` seconds more."""
+    run(0)
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < repeats or (time.perf_counter() - start < least and len(times) < 200):
+        before = time.perf_counter()
+        run(len(times) + 1)
+        times.append(time.perf_counter() - before)
+    return times
+
+
+def make_matrix(
+    pool: Pool, name: str, rows: int, cols: int, experts: int, rng: np.random.Generator
+) -> tuple[Matrix, npt.NDArray[np.uint8]]:
+    """Random weights: about 4 MiB drawn, repeated with an odd period."""
+    info = type_info(TYPE_IDS[name])
+    blocks = experts * rows * cols // info.block_size
+    drawn = min(blocks, (4 << 20) // info.block_bytes | 1)
+    tile = random_blocks(name, drawn, 0.05, rng)
+    data = np.resize(tile, (blocks, info.block_bytes)).reshape(-1)
+    return Matrix(pool, TYPE_IDS[name], data, rows, cols, experts), data
+
+
+def check(name: str, packed: Matrix, data: npt.NDArray[np.uint8], x: F32, got: F32) -> None:
+    """Compare the first rows of a product with gguf's decoder. Raises KtError."""
+    info = type_info(TYPE_IDS[name])
+    rows = min(64, packed.rows)
+    raw = data[: info.num_bytes(rows * packed.cols)]
+    if name in _FLOATS:
+        weights = dequantize(TYPE_IDS[name], raw)
+    else:
+        weights = quants.dequantize(raw, GGMLQuantizationType[name])
+    exact = x.astype(np.float64) @ weights.reshape(rows, packed.cols).astype(np.float64).T
+    error = np.linalg.norm(got[:, :rows] - exact) / np.linalg.norm(exact)
+    if not error < _TOLERANCE[name in _FLOATS]:
+        raise KtError(f"{name}: the product is wrong by {error:.1e}")
+
+
+def report(
+    label: str, name: str, times: Sequence[float], limits: Limits, num_bytes: float, macs: float
+) -> tuple[list[str], dict[str, object]]:
+    """One table row and one result record."""
+    best = min(times)
+    peak = limits.peak(name)
+    shares: dict[str, float | None] = {
+        "share": limits.seconds(name, num_bytes, macs) / best,
+        "bandwidth_share": num_bytes / best / limits.read,
+        "peak_share": macs / best / peak if peak else None,
+    }
+    row = [
+        label,
+        stats.number(best * 1e6),
+        stats.number(stats.median(times) * 1e6),
+        stats.number(num_bytes / best / 1e9),
+        stats.number(macs / best / 1e9),
+        *(f"{100 * value:.0f} %" if value else "-" for value in shares.values()),
+    ]
+    record: dict[str, object] = {
+        "label": label,
+        "bytes": num_bytes,
+        "macs": macs,
+        "seconds": list(times),
+        **shares,
+    }
+    return row, record
+
+
+class Bench:
+    """One run: a pool, its limits, the table so far and the result file."""
+
+    def __init__(self, args: argparse.Namespace, pool: Pool, output: ResultFile) -> None:
+        self._args = args
+        self._pool = pool
+        self._rng = np.random.default_rng(args.seed)
+        self._file = output
+        self.limits = measure_limits(pool, args.megabytes << 20)
+        self.rows: list[list[str]] = []
+        self.curves: list[Curve] = []
+
+    def add(
+        self, kind: str, label: str, name: str, times: list[float], work: Sequence[float]
+    ) -> None:
+        """Record one measurement; work: bytes read, multiply-adds."""
+        row, record = report(label, name, times, self.limits, *work)
+        self.rows.append(row)
+        self._file.append(kind, {"type": name, "pool": self._pool.describe(), **record})
+
+    def linear(self, name: str) -> None:
+        """Products with 1 .. n rows of activations, two matrices in turn."""
+        info = type_info(TYPE_IDS[name])
+        row_bytes = info.num_bytes(_COLS)
+        rows = (self._args.megabytes << 20) // row_bytes // 64 * 64
+        packed, data = make_matrix(self._pool, name, rows, _COLS, 2, self._rng)
+        with packed:
+            for count in self._args.rows:
+                x = self._rng.standard_normal((count, _COLS), np.float32)
+                out = packed.multiply(x)
+                check(name, packed, data, x, out)
+
+                def run(turn: int, x: F32 = x, out: F32 = out) -> None:
+                    packed.multiply(x, turn % 2, out)
+
+                times = best_time(run, self._args.repeats)
+                work = (rows * row_bytes, float(rows) * _COLS * count)
+                self.add("kernel.linear", f"{name} linear, {count} rows", name, times, work)
+
+    def layer(self, shape_name: str, up_type: str, down_type: str) -> None:
+        """A routed-expert layer with uniformly random routing, drawn anew for every run."""
+        s = SHAPES[shape_name]
+        gate, _ = make_matrix(self._pool, up_type, s.width, s.hidden, s.experts, self._rng)
+        up, _ = make_matrix(self._pool, up_type, s.width, s.hidden, s.experts, self._rng)
+        down, _ = make_matrix(self._pool, down_type, s.hidden, s.width, s.experts, self._rng)
+        each = (gate.num_bytes + up.num_bytes + down.num_bytes) / s.experts
+        curve = Curve(f"{shape_name} {up_type}/{down_type}")
+        with gate, up, down:
+            for tokens in self._args.tokens:
+                draws, distinct = self._routes(tokens, s)
+                times = self._layer_times((gate, up, down), s, draws)
+                work = (each * distinct, 3.0 * s.hidden * s.width * s.top_k * tokens)
+                label = f"{curve.title}, {tokens} tokens"
+                self.add("kernel.layer", label, up_type, times, work)
+                curve.tokens.append(tokens)
+                curve.seconds.append(times)
+                curve.bytes.append(work[0])
+        self.curves.append(curve)
+
+    def _layer_times(
+        self, matrices: tuple[Matrix, Matrix, Matrix], shape: Shape, draws: list[I32]
+    ) -> list[float]:
+        tokens = len(draws[0])
+        x = self._rng.standard_normal((tokens, shape.hidden), np.float32)
+        weights = np.full((tokens, shape.top_k), 1 / shape.top_k, np.float32)
+        out = np.empty((tokens, shape.hidden), np.float32)
+
+        def run(turn: int) -> None:
+            experts_multiply(matrices, x, draws[turn % len(draws)], weights, out)
+
+        return best_time(run, self._args.repeats)
+
+    def _routes(self, tokens: int, shape: Shape) -> tuple[list[I32], int]:
+        """Up to 16 draws that choose the same number of distinct experts, and that number.
+
+        The number is the usual one, so the best time is not that of a lucky draw.
+        """
+        keys = self._rng.random((256, tokens, shape.experts))
+        draws = list(np.argsort(keys, axis=2)[:, :, : shape.top_k].astype(np.int32))
+        counts = [len(np.unique(ids)) for ids in draws]
+        usual = sorted(counts)[len(counts) // 2]
+        return [ids for ids, n in zip(draws, counts, strict=True) if n == usual][:16], usual
+
+    def table(self) -> str:
+        """All measurements so far."""
+        header = ["kernel", "best us", "median us", "GB/s", "GMAC/s", "share", "of read", "of peak"]
+        return stats.table(header, self.rows)
