@@ -19,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `kt_async`, when run as a script
 
+from bench.interleave import measure_interleave
 from kt_async.engine.cuda_build import CudaOptions, load_cuda_runner
 from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
 from kt_async.engine.types import GenerationRequest, SamplingParams
@@ -48,6 +49,7 @@ class Engine:
                 max_queue=64,
                 max_samples=max(args.clients) + 8,
                 watermark_pages=-1,
+                lane_tokens=args.lane_tokens,
             )
         )
         limits = CudaLimits(_PAGE, pages, spec.vocab_size, pages)
@@ -59,10 +61,11 @@ class Engine:
         self.block = self.runner.block.array
         self.next_id = 1
 
-    def submit(self, prompt: list[int], tokens: int) -> None:
+    def submit(self, prompt: list[int], tokens: int) -> int:
         request = GenerationRequest("bench", prompt, tokens, SamplingParams(temperature=0.0))
         assert self.scheduler.submit(self.next_id, request, time.monotonic_ns())
         self.next_id += 1
+        return self.next_id - 1
 
     def step(self) -> tuple[float, int, int]:
         """(seconds, tokens in the step, rows); zeros when idle."""
@@ -143,6 +146,16 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--chunk_size", type=int, default=2048)
     parser.add_argument("--stream_rows", type=int, default=96)
+    parser.add_argument(
+        "--interleave",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="CLIENTS",
+        help="time between tokens of so many clients while a long prompt prefills",
+    )
+    parser.add_argument("--interleave_prompt", type=int, default=8192)
+    parser.add_argument("--lane_tokens", type=int, default=16, help="0 = no prefill lane")
     parser.add_argument("--profile", action="store_true", help="print time by GPU kernel")
     parser.add_argument("--cache_tokens", type=int, default=65536)
     args = parser.parse_args()
@@ -160,6 +173,13 @@ def main() -> int:
             profile_decode(engine, spec, clients)
     for length in args.prompts:
         measure_prefill(engine, spec, length)
+    for clients in args.interleave:
+
+        def submit(length: int, tokens: int) -> int:
+            ids = prompt(length, spec.vocab_size, engine.next_id * 13 + length)
+            return engine.submit(ids, tokens)
+
+        measure_interleave(engine.scheduler, engine.runner, submit, clients, args.interleave_prompt)
     return 0
 
 

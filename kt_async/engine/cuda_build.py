@@ -16,6 +16,7 @@ from kt_async.engine.cpu_program import ProgramRecorder
 from kt_async.engine.cuda_args import MatrixArg
 from kt_async.engine.cuda_experts import Names, VramExperts, moe_names
 from kt_async.engine.cuda_kv import KvPages
+from kt_async.engine.cuda_lane import CudaLane
 from kt_async.engine.cuda_offload import HandoffBuffers, HandoffExperts, StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
@@ -148,6 +149,10 @@ def load_cuda_runner(
         prefill_experts=prefill,
         handoff=handoff,
         use_graphs=options.use_graphs,
+    )
+
+    runner.lane = CudaLane(
+        ops, spec, layout, prefill, runner.prefill_planner, runner.stream, limits.sample_vocab
     )
 
     def free() -> None:

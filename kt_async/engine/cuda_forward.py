@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda_values import Attend, StepTensors
 from kt_async.engine.runner import StepResult
 from kt_async.ffi import structs
-from kt_async.model import FORWARDS
+from kt_async.model import LAYERWISE, run_to_end
 from kt_async.model.spec import ModelSpec
 
 _SAMPLE_THREADS = 1024
@@ -39,7 +39,7 @@ class Forward:
 
     def __init__(self, ops: CudaOps, spec: ModelSpec, block: Block, sample_vocab: int) -> None:
         self._ops, self._spec, self._block, self._sample_vocab = ops, spec, block, sample_vocab
-        self._forward: Callable[..., object] = FORWARDS[spec.architecture]
+        self._forward = LAYERWISE[spec.architecture]
         capacity, top = block.layout.max_samples, structs.KT_MAX_LOGPROBS
         self.work = torch.empty((capacity, spec.vocab_size), dtype=torch.float32, device="cuda")
         num_words = capacity * (2 + 2 * top)
@@ -73,9 +73,16 @@ class Forward:
 
     def run(self, step: StepTensors, part: Part, experts: RoutedExperts) -> torch.Tensor:
         """Logits f32 [S, V] of the part's samples, which are being sampled."""
+        return run_to_end(self.layers(step, part, experts))
+
+    def layers(
+        self, step: StepTensors, part: Part, experts: RoutedExperts
+    ) -> Generator[None, None, torch.Tensor]:
+        """The same with a pause after every layer, during which the ops are left alone."""
         self._ops.step = step
         self._ops.experts_backend = experts
-        logits: torch.Tensor = self._forward(self._ops, self._spec).f32  # type: ignore[attr-defined]
+        value = yield from self._forward(self._ops, self._spec)
+        logits: torch.Tensor = value.f32
         self._sample(logits, *part.samples)
         return logits
 
@@ -99,7 +106,11 @@ class Forward:
         ]
         self._ops.launch("sample", (end - first, 1), pointers, _SAMPLE_THREADS)
 
+    def start_read_back(self) -> None:
+        """Put the copy of all results to the host onto the current stream."""
+        self.host_out.copy_(self.out, non_blocking=True)
+
     def read_back(self) -> None:
         """Copy all results to the host and wait for them."""
-        self.host_out.copy_(self.out, non_blocking=True)
+        self.start_read_back()
         torch.cuda.current_stream().synchronize()

@@ -30,6 +30,7 @@ from kt_async.engine.cuda_forward import Forward, Part
 from kt_async.engine.cuda_offload import HandoffExperts, StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda_values import StepTensors
+from kt_async.engine.runner import Lane
 from kt_async.errors import EngineError
 from kt_async.ffi import structs
 from kt_async.ffi.handoff import Handoff
@@ -93,10 +94,11 @@ class CudaRunner:
         self._handoff = handoff
         self.on_close: Callable[[], None] = lambda: None  # frees what the runner was given
         self._layout = layout
+        self.lane: Lane | None = None
         self.block = Block(layout)
         heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim**-0.5)
         self._heads = heads
-        self._prefill = make_prefill_planner(heads, limits.page_size)
+        self.prefill_planner = make_prefill_planner(heads, limits.page_size)
         if is_served(heads, limits.page_size):
             rows = layout.max_rows
             ops.decode_attention = PagedDecode.allocate(heads, self.block, limits.page_size, rows)
@@ -106,7 +108,7 @@ class CudaRunner:
         self._moe_names = moe_names(spec)
         self._stats = {"graph_steps": 0.0, "eager_steps": 0.0, "run_ns": 0.0, "expert_ns": 0.0}
         self._graphs: dict[int, Graph] = {}
-        self._stream = torch.cuda.Stream()
+        self.stream = self._stream = torch.cuda.Stream(priority=-1)  # before the lane's
         self._gpu_step = structs.sized(
             structs.GpuStep,
             stream=self._stream.cuda_stream,
@@ -175,7 +177,7 @@ class CudaRunner:
             b.device[:used].copy_(b.host[:used], non_blocking=True)
             attend = None
             if not (part.is_decode and self._ops.decode_attention):
-                attend = self._prefill.plan(b.pages(*part.rows, on_host=False))
+                attend = self.prefill_planner.plan(b.pages(*part.rows, on_host=False))
             experts = self._prefill_experts
             if isinstance(experts, StreamedExperts):
                 experts.begin_step(part.tokens[1] - part.tokens[0], self._moe_names)

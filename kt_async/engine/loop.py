@@ -3,6 +3,9 @@
 It owns the runner and the step block; scheduler.submit and cancel are the only things other threads
 call. A step leaves Python in four native calls (plan, run, commit, drain); its results reach the
 event loop in one delivery. Nothing here knows asyncio: `deliver` is a plain callable.
+
+Where scheduler and runner have a prefill lane, a long prompt runs there beside the decode steps:
+each turn queues as much of it as the lane thinks fit, then runs a decode step.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kt_async.engine.runner import Runner, StepResult
+from kt_async.engine.lane import LaneLoop
+from kt_async.engine.runner import Runner, StepResult, sample_view
 from kt_async.errors import NativeError
 from kt_async.ffi import structs
 from kt_async.ffi.scheduler import Scheduler
@@ -48,7 +52,11 @@ class EngineLoop:
         self._runner = runner
         self._deliver = deliver
         self._block = runner.make_block(scheduler.layout.num_bytes)
-        self._samples = _sample_view(scheduler.layout, self._block)
+        self._samples = sample_view(scheduler.layout, self._block)
+        self._lane: LaneLoop | None = None
+        if scheduler.has_lane:
+            assert runner.lane is not None, "a scheduler with a lane over a runner without one"
+            self._lane = LaneLoop(scheduler, runner.lane)
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="kt-engine", daemon=True)
         self.host_ns = 0  # time outside the runner in steps that ran, for /metrics
@@ -76,12 +84,17 @@ class EngineLoop:
 
     def _turn(self) -> None:
         """One step, if there is anything to run, and the delivery of its events."""
-        scheduler = self._scheduler
+        scheduler, lane = self._scheduler, self._lane
         begin = time.monotonic_ns()
         failure: str | None = None
         run_ns = 0
-        if scheduler.plan(begin, self._block.ctypes.data):
-            before = time.monotonic_ns()
+        if lane is not None and scheduler.plan_struct.lane_waits:
+            lane.plan(begin)
+        planned = scheduler.plan(begin, self._block.ctypes.data)
+        before = time.monotonic_ns()
+        if lane is not None:
+            lane.advance(alone=not planned)
+        if planned:
             failure = self._run()
             after = time.monotonic_ns()
             run_ns = after - before
@@ -91,11 +104,22 @@ class EngineLoop:
             else:
                 scheduler.fail(after)
             self.steps += 1
-        events = scheduler.drain()
-        if len(events):
-            self._deliver(Delivery(events.copy(), self._logprobs(), failure))
+        count = scheduler.plan_struct.num_samples
+        self._drain(self._samples[:count], self._runner.result, failure)
+        if lane is not None and lane.commit():
+            self._drain(lane.samples[: lane.num_samples], lane.result, None)
+            lane.plan(time.monotonic_ns())  # the next part of a prompt follows at once
+            self.steps += 1
         if run_ns:
             self.host_ns += time.monotonic_ns() - begin - run_ns
+
+    def _drain(
+        self, samples: npt.NDArray[np.void], result: StepResult, failure: str | None
+    ) -> None:
+        """Deliver the events of a step."""
+        events = self._scheduler.drain()
+        if len(events):
+            self._deliver(Delivery(events.copy(), _logprobs(samples, result), failure))
 
     def _run(self) -> str | None:
         """Run the planned step; a failure that leaves the engine usable is returned."""
@@ -109,22 +133,15 @@ class EngineLoop:
             return str(error)
         return None
 
-    def _logprobs(self) -> StepResult | None:
-        """Copies of the step's log-probabilities if any of its rows asked for them."""
-        count = self._scheduler.plan_struct.num_samples
-        wanted = self._samples["num_logprobs"][:count]
-        if not (wanted >= 0).any():
-            return None
-        result = self._runner.result
-        return StepResult(
-            result.tokens[:count].copy(),
-            result.logprobs[:count].copy(),
-            result.top_ids[:count].copy(),
-            result.top_logprobs[:count].copy(),
-        )
 
-
-def _sample_view(layout: structs.BlockLayout, block: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
-    dtype = np.dtype(structs.SampleParams)
-    start = layout.samples
-    return block[start : start + layout.max_samples * dtype.itemsize].view(dtype)
+def _logprobs(samples: npt.NDArray[np.void], result: StepResult) -> StepResult | None:
+    """Copies of the step's log-probabilities if any of its logit rows asked for them."""
+    count = len(samples)
+    if not (samples["num_logprobs"] >= 0).any():
+        return None
+    return StepResult(
+        result.tokens[:count].copy(),
+        result.logprobs[:count].copy(),
+        result.top_ids[:count].copy(),
+        result.top_logprobs[:count].copy(),
+    )

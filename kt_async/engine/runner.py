@@ -33,10 +33,36 @@ class StepResult:
     top_logprobs: npt.NDArray[np.float32]  # [S, 20]
 
 
+class Lane(Protocol):
+    """Executes prompt steps piece by piece beside the runner's decode steps. [engine]"""
+
+    @property
+    def result(self) -> StepResult:
+        """Valid while is_complete()."""
+
+    def make_block(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Memory for the lane's step block."""
+
+    def start(
+        self, plan: structs.Plan, layout: structs.BlockLayout, block: npt.NDArray[np.uint8]
+    ) -> None:
+        """Begin a step; plan and block stay as they are until it is complete."""
+
+    def advance(self, *, alone: bool) -> None:
+        """Queue what may run beside the next decode step; alone: there is none, so wait a little."""
+
+    def is_complete(self) -> bool:
+        """Whether the step has run to its end; result is then valid until the next start."""
+
+
 class Runner(Protocol):
     """Executes steps. [engine]"""
 
     result: StepResult
+
+    @property
+    def lane(self) -> Lane | None:
+        """None: every step runs alone."""
 
     def make_block(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """Memory for the scheduler's step block, where this runner wants to read it."""
@@ -49,6 +75,13 @@ class Runner(Protocol):
     def stats(self) -> dict[str, float]: ...
 
     def close(self) -> None: ...
+
+
+def sample_view(layout: structs.BlockLayout, block: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
+    """The block's sampling parameters, one entry per logit row."""
+    dtype = np.dtype(structs.SampleParams)
+    start = layout.samples
+    return block[start : start + layout.max_samples * dtype.itemsize].view(dtype)
 
 
 def sample_arrays(capacity: int) -> tuple[StepResult, structs.SampleOut]:
@@ -93,6 +126,8 @@ def aligned_block(num_bytes: int) -> npt.NDArray[np.uint8]:
 
 class CpuRunner:
     """Runs steps on the CPU through a recorded native program."""
+
+    lane: Lane | None = None
 
     def __init__(
         self,

@@ -186,7 +186,9 @@ class Kernels:
         arguments: Sequence[KernelArgument],
         shared_bytes: int = 0,
     ) -> None:
-        """arguments: ctypes values or structures in the kernel's order."""
+        """arguments: ctypes values or structures in the kernel's order. Nothing for an empty grid."""
+        if 0 in grid:
+            return
         pointers = (ctypes.c_void_p * len(arguments))(
             *[ctypes.cast(ctypes.pointer(a), ctypes.c_void_p) for a in arguments]
         )

@@ -6,16 +6,19 @@ expert behind a sigmoid gate. Source: the models' Hugging Face reference impleme
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 from kt_async.model.ops import AttentionShape, Ops, Routing, Value
 from kt_async.model.spec import ModelSpec
 
 
-def forward(ops: Ops[Value], spec: ModelSpec) -> Value:
-    """Logits [S, V] of the step's logit rows."""
+def forward(ops: Ops[Value], spec: ModelSpec) -> Generator[None, None, Value]:
+    """Logits [S, V] of the step's logit rows; yields after every layer."""
     x = ops.embed("token_embd.weight")
     for layer in range(spec.num_layers):
         x = _attention(ops, spec, layer, x)
         x = _mlp(ops, spec, layer, x)
+        yield
     x = ops.last_rows(x)
     x = ops.rms_norm(x, "output_norm.weight", spec.rms_eps)
     head = "output.weight" if ops.has("output.weight") else "token_embd.weight"

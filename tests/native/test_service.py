@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import pytest_asyncio
 
-from kt_async.engine.runner import StepResult, aligned_block, sample_arrays
+from kt_async.engine.runner import Lane, StepResult, aligned_block, sample_arrays
 from kt_async.engine.service import EngineService, LiveGeneration
 from kt_async.engine.types import EngineInfo, GenerationRequest, SamplingParams, StepOutput
 from kt_async.errors import NativeError, RequestError
@@ -24,6 +24,7 @@ class FakeRunner:
 
     def __init__(self, capacity: int) -> None:
         self.result: StepResult = sample_arrays(capacity)[0]
+        self.lane: Lane | None = None
         self.result.logprobs[:] = -0.5
         self.result.top_ids[:] = np.arange(structs.KT_MAX_LOGPROBS)
         self.fault: Exception | None = None
