@@ -7,6 +7,7 @@ Called once by `__main__`, which passes the memory arithmetic of the engine in. 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,7 +165,9 @@ class _Resolver:
             self.put("cpu_memory_size_GB", value, "a quarter of the memory that experts leave free")
         if on_gpu:
             self.new["vram_layers"] = size.vram_layers
-            self.put("gpu_expert_mem", f"{size.expert_bytes * 1e-9:.3f}", size.expert_reason)
+            # Rounded up, so that the same number given as a flag holds the same layers.
+            value = math.ceil(size.expert_bytes * 1e-6) * 1e-3
+            self.put("gpu_expert_mem", f"{value:.3f}", size.expert_reason)
         limit = 0 if on_gpu else self.raw.cpu_memory_size_GB * 1e9
         if 0 < limit < size.num_bytes:
             tokens = int(tokens * limit / size.num_bytes)

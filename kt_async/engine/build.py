@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from kt_async.config import Config
-from kt_async.engine.gpu_memory import ExpertWish, KvWish, gpu_budget, plan_gpu_memory
+from kt_async.engine.gpu_memory import (
+    ExpertWish,
+    GpuMemoryPlan,
+    KvWish,
+    gpu_budget,
+    plan_gpu_memory,
+)
 from kt_async.engine.memory import check_host_memory, gib, kv_bytes_per_token, plan_cpu_memory
 from kt_async.engine.runner import CpuLimits, CpuRunner, Runner
 from kt_async.engine.types import EngineInfo
@@ -75,7 +81,8 @@ def size_kv(model: Model, host: HostInfo, config: Config) -> KvSize:
     return KvSize(plan.num_pages * config.page_size, plan.kv_bytes, plan.kv_reason)
 
 
-def _size_gpu(model: Model, host: HostInfo, config: Config) -> KvSize:
+def gpu_plan(model: Model, config: Config) -> GpuMemoryPlan:
+    """How the GPU's memory is divided; asks the GPU how much is free. Raises ConfigError."""
     import torch  # noqa: PLC0415 - seconds to import, and only a GPU needs it
 
     from kt_async.engine.cuda_build import KERNEL_TYPES, dense_bytes  # noqa: PLC0415
@@ -89,13 +96,17 @@ def _size_gpu(model: Model, host: HostInfo, config: Config) -> KvSize:
         config.chunk_size,
         _KV_TYPES[config.kv_dtype],
     )
-    plan = plan_gpu_memory(
+    return plan_gpu_memory(
         model.spec,
         wish,
         expert_wish(model, config, KERNEL_TYPES),
         dense_bytes=dense_bytes(model.files),
         budget=gpu_budget(free_bytes, total_bytes, config.gpu_memory_utilization),
     )
+
+
+def _size_gpu(model: Model, host: HostInfo, config: Config) -> KvSize:
+    plan = gpu_plan(model, config)
     log.info("%s", plan.describe())
     given = "cpu_memory_size_GB" in config.sources and config.prefix_cache
     check_host_memory(

@@ -124,7 +124,7 @@ class ProgramRecorder:
         gate: str,
         up: str,
         down: str,
-        selection_bias: str | None = None,
+        beside: Callable[[Value], Value] | None = None,
     ) -> Value:
         matrices = [(name, structs.KT_WEIGHT_MATRIX) for name in (gate, up, down)]
         ints = [
@@ -135,18 +135,19 @@ class ProgramRecorder:
             routing.groups_used,
             int(routing.group_sum_of_two),
         ]
-        return self._record(
+        out = self._record(
             Operation(
                 structs.KT_OP_MOE,
                 Value(x.width),
                 [x, residual],
                 # Routers are multiplied in f32 whatever their type, so they are stored unpacked.
-                [_vector(router), *matrices, _vector(selection_bias)],
+                [_vector(router), *matrices, _vector(routing.selection_bias)],
                 ints,
                 [routing.scale],
                 in_place=[1],
             )
         )
+        return out if beside is None else beside(out)
 
     def silu_mul(self, gate: Value, up: Value) -> Value:
         out = Value(gate.width, gate.by_sample)

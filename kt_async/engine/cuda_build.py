@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +16,16 @@ from tqdm import tqdm
 from kt_async.engine.cpu_program import ProgramRecorder
 from kt_async.engine.cuda_args import MatrixArg
 from kt_async.engine.cuda_experts import Names, VramExperts, moe_names
+from kt_async.engine.cuda_handoff import Channel, HandoffExperts, Launch
 from kt_async.engine.cuda_kv import KvPages
 from kt_async.engine.cuda_lane import CudaLane
-from kt_async.engine.cuda_offload import HandoffBuffers, HandoffExperts, StreamedExperts
+from kt_async.engine.cuda_offload import StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
+from kt_async.engine.cuda_probe import choose_mechanism
 from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
 from kt_async.engine.cuda_values import FloatMatrix, PackedMatrix, Weight
 from kt_async.ffi import structs
-from kt_async.ffi.cuda import Kernels, compile_kernels, kernel_source
+from kt_async.ffi.cuda import KernelArgument, Kernels, compile_kernels, kernel_source
 from kt_async.ffi.handoff import ExpertSet, Handoff, PackedPart, packed_matrix
 from kt_async.ffi.matrix import Matrix, dequantize
 from kt_async.ffi.pool import Pool
@@ -36,7 +39,7 @@ log = logging.getLogger(__name__)
 KERNEL_TYPES = frozenset({2, 3, 6, 7, 8, 12, 13, 14, 20, 23, 39})
 _FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 _NEVER = 1 << 30  # rows
-_HANDOFF_LIMIT_TICKS = 20_000_000_000  # about ten seconds of clock64
+_THREADS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class CudaOptions:
     # chunk for copying all of Qwen3-30B-A3B Q4_K_M and 0.31 s on 16 AMX cores for 64 rows.
     stream_rows: int = 96
     vram_layers: tuple[int, ...] = ()
+    handoff: str = ""  # one of cuda_handoff.MECHANISMS; empty = the first that works
 
 
 def dense_bytes(files: ModelFiles) -> int:
@@ -132,9 +136,12 @@ def load_cuda_runner(
     cpu_experts = ExpertSet(pool, layout.max_tokens, spec.top_k) if names else None
     _load_tensors(loader, uses, expert_tensors, cpu_experts, names, options)
     types = {files.tensors[name].type for name, _ in uses} & KERNEL_TYPES
-    kernels = Kernels(_compile(types, options.cache_dir))
+    kernels = kernels_for(types, options.cache_dir)
     pages = KvPages.allocate(spec, limits.page_size, limits.num_pages, limits.num_host_pages)
-    decode, prefill, handoff = _expert_backends(loader, spec, layout, cpu_experts, names)
+    pinned = [] if cpu_experts is None else pin_experts(cpu_experts, len(names))
+    decode, prefill, handoff = _expert_backends(
+        loader, spec, layout, cpu_experts, names, launcher(kernels), options
+    )
     if isinstance(prefill, StreamedExperts):
         # A type without a CUDA kernel cannot be used from a copy: the CPU computes it.
         readable = all(files.tensors[name].type in KERNEL_TYPES for name in expert_tensors)
@@ -156,8 +163,9 @@ def load_cuda_runner(
     )
 
     def free() -> None:
+        for address in pinned:
+            torch.cuda.cudart().cudaHostUnregister(address)
         if cpu_experts is not None:
-            unpin_experts(cpu_experts, len(names))
             cpu_experts.close()
         pool.close()
 
@@ -210,37 +218,35 @@ def _load_tensors(
     log.info("loaded %.2f GB in %.1f s", total * 1e-9, seconds)
 
 
+def launcher(kernels: Kernels) -> Launch:
+    """Puts our kernels onto the current stream."""
+
+    def launch(name: str, grid: tuple[int, int], arguments: Sequence[KernelArgument]) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        kernels.launch(name, grid, _THREADS, stream, arguments)
+
+    return launch
+
+
 def _expert_backends(
     loader: _Loader,
     spec: ModelSpec,
     layout: structs.BlockLayout,
     cpu_experts: ExpertSet | None,
     names: list[Names],
+    launch: Launch,
+    options: CudaOptions,
 ) -> tuple[RoutedExperts, RoutedExperts, Handoff]:
     packed = {n: w for n, w in loader.weights.items() if isinstance(w, PackedMatrix)}
     vram = VramExperts(packed)
+    no_handoff = structs.sized(structs.HandoffConfig)
     if cpu_experts is None:
-        return vram, vram, Handoff(structs.sized(structs.HandoffConfig), None)
-    rows = layout.max_rows
-    buffers = HandoffBuffers.allocate(len(names), rows, spec.hidden_size, spec.top_k)
-    config = structs.sized(
-        structs.HandoffConfig,
-        num_layers=len(names),
-        max_tokens=rows,
-        x=buffers.x.data_ptr(),
-        ids=buffers.ids.data_ptr(),
-        weights=buffers.weights.data_ptr(),
-        out=buffers.out.data_ptr(),
-        request=buffers.request.data_ptr(),
-        done=buffers.done.data_ptr(),
-    )
+        return vram, vram, Handoff(no_handoff, None)
     layer_of = {layer[0]: number for number, layer in enumerate(names)}
-    decode = HandoffExperts(buffers, layer_of, _HANDOFF_LIMIT_TICKS, vram)
     layer_bytes = max(
         sum(-(-spec.num_experts * loader.shapes[name].expert_bytes // 256) * 256 for name in layer)
         for layer in names
     )
-    pin_experts(cpu_experts, len(names))
     prefill = StreamedExperts(
         cpu=cpu_experts,
         layer_of=layer_of,
@@ -251,13 +257,24 @@ def _expert_backends(
         vram=vram,
         buffers=[torch.empty(layer_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)],
     )
-    return decode, prefill, Handoff(config, cpu_experts)
+    if not options.use_graphs:
+        return prefill, prefill, Handoff(no_handoff, None)
+    channel = Channel.open(
+        choose_mechanism(launch, options.handoff),
+        cpu_experts,
+        (len(names), layout.max_rows, spec.hidden_size, spec.top_k),
+    )
+    return HandoffExperts(channel, layer_of, vram), prefill, channel.native
 
 
-def pin_experts(experts: ExpertSet, num_layers: int) -> None:
-    """Register the packed experts with CUDA, so that copies run at the bus's full rate."""
+def pin_experts(experts: ExpertSet, num_layers: int) -> list[int]:
+    """Register the packed experts with CUDA, so that copies run at the bus's full rate.
+
+    Returns the addresses, which must be unregistered before the memory is freed.
+    """
     runtime = torch.cuda.cudart()
     begin = time.monotonic()
+    pinned: list[int] = []
     for layer in range(num_layers):
         for which in range(3):
             for part in experts.parts(layer, which):
@@ -265,20 +282,16 @@ def pin_experts(experts: ExpertSet, num_layers: int) -> None:
                 status = runtime.cudaHostRegister(address, size, 0)
                 if int(status) != 0:
                     log.warning("experts cannot be pinned (%s): long prompts copy slower", status)
-                    return
+                    return pinned
+                pinned.append(address)
     log.info("pinned the experts in %.1f s", time.monotonic() - begin)
+    return pinned
 
 
-def unpin_experts(experts: ExpertSet, num_layers: int) -> None:
-    """Undo pin_experts before the memory is freed; parts that were not pinned do not matter."""
-    runtime = torch.cuda.cudart()
-    for layer in range(num_layers):
-        for which in range(3):
-            for part in experts.parts(layer, which):
-                runtime.cudaHostUnregister(part.data.ctypes.data)
-
-
-def _compile(types: set[int], cache_dir: Path | None) -> bytes:
+def kernels_for(types: set[int], cache_dir: Path | None) -> Kernels:
+    """Our CUDA kernels for these ggml types, compiled for the current GPU."""
+    torch.cuda.synchronize()  # a module is loaded into a context, which the first call makes
     major, minor = torch.cuda.get_device_capability()
     suffix = "a" if major >= 9 else ""
-    return compile_kernels(kernel_source(sorted(types)), f"sm_{major}{minor}{suffix}", cache_dir)
+    source = kernel_source(sorted(types))
+    return Kernels(compile_kernels(source, f"sm_{major}{minor}{suffix}", cache_dir))

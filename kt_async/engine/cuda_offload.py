@@ -1,11 +1,10 @@
-"""Routed experts that lie in host memory: handed to the CPU in decode graphs, copied for prefill.
+"""Routed experts that lie in host memory, for prefill: copied to the GPU, or left to the CPU.
 
-Both classes implement cuda_ops.RoutedExperts; the runner picks one per step.
+Decode graphs hand theirs over instead (cuda_handoff); the runner picks one per step.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,103 +16,6 @@ from kt_async.engine.cuda_experts import Names, VramExperts, grouped_multiply
 from kt_async.engine.cuda_ops import CudaOps
 from kt_async.engine.cuda_values import PackedMatrix, Rows
 from kt_async.ffi.handoff import ExpertSet
-
-_I32 = ctypes.c_int32
-_I64 = ctypes.c_int64
-_PTR = ctypes.c_void_p
-_SIGNAL_BLOCKS = 4
-_BLOCK = 256
-
-
-@dataclass(slots=True)
-class HandoffBuffers:
-    """Pinned memory between the graph and the CPU; one set serves all layers, which run in turn.
-
-    request and done hold one flag per layer, 64 bytes apart. Protocol: native/src/device/handoff.h.
-    """
-
-    x: torch.Tensor  # f32 [rows, H]
-    ids: torch.Tensor  # int32 [rows, K]
-    weights: torch.Tensor  # f32 [rows, K]
-    out: torch.Tensor  # f32 [rows, H]
-    request: torch.Tensor  # int32 [layers, 16]
-    done: torch.Tensor  # int32 [layers, 16]
-    counters: torch.Tensor  # device int32 [layers, 2]: blocks that arrived, blocks that left
-    error: torch.Tensor  # pinned int32 [1]: 2 = the CPU failed, 3 = it did not answer
-
-    @staticmethod
-    def allocate(layers: int, rows: int, hidden: int, top_k: int) -> HandoffBuffers:
-        def pinned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, pin_memory=True)
-
-        return HandoffBuffers(
-            x=pinned(rows, hidden, dtype=torch.float32),
-            ids=pinned(rows, top_k, dtype=torch.int32),
-            weights=pinned(rows, top_k, dtype=torch.float32),
-            out=pinned(rows, hidden, dtype=torch.float32),
-            request=pinned(layers, 16, dtype=torch.int32),
-            done=pinned(layers, 16, dtype=torch.int32),
-            counters=torch.zeros((layers, 2), dtype=torch.int32, device="cuda"),
-            error=pinned(1, dtype=torch.int32),
-        )
-
-
-@dataclass(slots=True)
-class HandoffExperts:
-    """The CPU computes the experts while the graph waits: signal kernel, wait kernel."""
-
-    buffers: HandoffBuffers
-    layer_of: Mapping[str, int]  # gate tensor name -> MoE layer index
-    limit_ticks: int  # of clock64, after which a silent CPU is an error
-    vram: VramExperts  # computes the layers that are not in layer_of
-
-    def __call__(
-        self,
-        ops: CudaOps,
-        x: Rows,
-        residual: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        names: Names,
-    ) -> torch.Tensor:
-        if names[0] not in self.layer_of:
-            return self.vram(ops, x, residual, ids, weights, names)
-        assert x.f32 is not None
-        layer, b = self.layer_of[names[0]], self.buffers
-        num_x = x.count * x.width
-        blocks = min(_SIGNAL_BLOCKS, -(-num_x // (4 * _BLOCK)))
-        ops.launch(
-            "handoff_signal",
-            (blocks, 1),
-            [
-                _PTR(x.f32.data_ptr()),
-                _PTR(ids.data_ptr()),
-                _PTR(weights.data_ptr()),
-                _I32(num_x),
-                _I32(ids.numel()),
-                _PTR(b.x.data_ptr()),
-                _PTR(b.ids.data_ptr()),
-                _PTR(b.weights.data_ptr()),
-                _PTR(b.request[layer].data_ptr()),
-                _PTR(b.counters[layer].data_ptr()),
-            ],
-        )
-        out = torch.empty_like(residual)
-        ops.launch(
-            "handoff_wait",
-            (blocks, 1),
-            [
-                _PTR(b.out.data_ptr()),
-                _PTR(residual.data_ptr()),
-                _I32(num_x),
-                _PTR(b.done[layer].data_ptr()),
-                _PTR(b.counters[layer, 1:].data_ptr()),
-                _PTR(b.error.data_ptr()),
-                _I64(self.limit_ticks),
-                _PTR(out.data_ptr()),
-            ],
-        )
-        return out
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ rows beside it; prompt rows dequantise to bf16 and use tensor cores.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +18,7 @@ import torch
 from kt_async.engine.cpu_program import rope_frequencies
 from kt_async.engine.cuda_args import ActsArg, OutputsArg, RopeArg, RoutingArg
 from kt_async.engine.cuda_kv import KvPages
+from kt_async.engine.cuda_overlap import OverlappedExperts
 from kt_async.engine.cuda_values import (
     FloatMatrix,
     PackedMatrix,
@@ -228,15 +229,22 @@ class CudaOps:
         gate: str,
         up: str,
         down: str,
-        selection_bias: str | None = None,
+        beside: Callable[[Rows], Rows] | None = None,
     ) -> Rows:
         assert x.f32 is not None
         logits = self._router_logits(x.f32, self._tensor(router).view(-1, x.width))
-        ids, weights = self.route(logits, routing, selection_bias)
+        ids, weights = self.route(logits, routing, routing.selection_bias)
         base = residual.f32 if residual is not None else torch.zeros_like(x.f32)
         assert base is not None
-        out = self.experts_backend(self, x, base, ids, weights, (gate, up, down))
-        return Rows(out, x.width)
+        backend, names = self.experts_backend, (gate, up, down)
+        if beside is None:
+            return Rows(backend(self, x, base, ids, weights, names), x.width)
+        if not isinstance(backend, OverlappedExperts) or not backend.overlaps(names):
+            return beside(Rows(backend(self, x, base, ids, weights, names), x.width))
+        backend.ask(self, x, ids, weights, names)
+        added = beside(Rows(base, x.width)).f32
+        assert added is not None
+        return Rows(backend.take(self, added, names), x.width)
 
     def silu_mul(self, gate: Rows, up: Rows) -> Rows:
         out = self.prepared(gate.count, gate.width, f32=True)

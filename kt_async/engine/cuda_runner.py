@@ -27,11 +27,11 @@ from kt_async.engine.cuda_block import Block
 from kt_async.engine.cuda_decode import PagedDecode, is_served
 from kt_async.engine.cuda_experts import moe_names
 from kt_async.engine.cuda_forward import Forward, Part
-from kt_async.engine.cuda_offload import HandoffExperts, StreamedExperts
+from kt_async.engine.cuda_handoff import HandoffExperts
+from kt_async.engine.cuda_offload import StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda_values import StepTensors
 from kt_async.engine.runner import Lane
-from kt_async.errors import EngineError
 from kt_async.ffi import structs
 from kt_async.ffi.handoff import Handoff
 from kt_async.model.spec import ModelSpec
@@ -249,9 +249,7 @@ class CudaRunner:
         self._stats["graph_steps"] += 1
         self._stats["expert_ns"] += step.expert_ns
         if isinstance(self._decode_experts, HandoffExperts):
-            error = int(self._decode_experts.buffers.error[0])
-            if error:
-                raise EngineError(f"the CPU experts did not answer the GPU (state {error})")
+            self._decode_experts.channel.check()
 
 
 def _prompts(plan: structs.Plan, decode: int) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -175,7 +176,7 @@ def _choose_layers(wish: ExpertWish, room: int) -> frozenset[int]:
         raise ConfigError(
             f"{wish.origin} asks for {len(asked)} layers of experts in GPU memory, but only "
             f"{len(fitting)} fit beside dense weights, KV cache and work memory; the largest "
-            f"value that fits is {size * 1e-9:.3f}"
+            f"value that fits is {math.ceil(size * 1e-6) * 1e-3:.3f}"
         )
     return fitting
 

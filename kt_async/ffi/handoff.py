@@ -111,7 +111,10 @@ class ExpertSet:
 
 
 class Handoff:
-    """Runs GPU steps whose graph hands its routed experts to an ExpertSet (or has none)."""
+    """Runs GPU steps whose graph hands its routed experts to an ExpertSet.
+
+    Without one the requests of config.num_layers layers are answered at once.
+    """
 
     def __init__(self, config: structs.HandoffConfig, experts: ExpertSet | None) -> None:
         """config: pinned buffers, owned by the caller until close()."""
@@ -119,6 +122,10 @@ class Handoff:
         self._handle = ctypes.c_void_p()
         handle = None if experts is None else experts.handle
         check(load().kt_handoff_create(ctypes.byref(config), handle, ctypes.byref(self._handle)))
+
+    def mark(self, layer: int, place: int, stream: int) -> None:
+        """What the mechanism needs at a place (KT_HANDOFF_ASKED, _TAKEN) of a captured graph."""
+        check(load().kt_handoff_mark(self._handle, layer, place, ctypes.c_void_p(stream)))
 
     def run(self, step: structs.GpuStep) -> None:
         """One step, to its end, without the GIL. [engine]"""

@@ -46,6 +46,11 @@ KT_MAX_LOGPROBS = 20
 KT_EXPERTS_GATE = 0
 KT_EXPERTS_UP = 1
 KT_EXPERTS_DOWN = 2
+KT_HANDOFF_SPIN = 0
+KT_HANDOFF_WAIT_VALUE = 1
+KT_HANDOFF_HOST_CALL = 2
+KT_HANDOFF_ASKED = 0
+KT_HANDOFF_TAKEN = 1
 KT_SCHED_FCFS = 0
 KT_SCHED_FCFS_SINGLE_PREFILL = 1
 KT_SCHED_PREFIX_CACHE = 1
@@ -309,7 +314,7 @@ class HandoffConfig(ctypes.Structure):
         ("struct_size", ctypes.c_uint32),
         ("num_layers", ctypes.c_int32),
         ("max_tokens", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("mechanism", ctypes.c_int32),
         ("x", ctypes.c_void_p),
         ("ids", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
@@ -335,6 +340,7 @@ class GpuStep(ctypes.Structure):
         ("results_bytes", ctypes.c_int64),
         ("timeout_ns", ctypes.c_int64),
         ("expert_ns", ctypes.c_int64),
+        ("asked_ns", ctypes.c_void_p),
     )
 
 

@@ -7,7 +7,7 @@ captures it. Weights are named as in the GGUF file. `Value` is whatever the engi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -40,6 +40,7 @@ class Routing:
     groups: int = 0
     groups_used: int = 0
     group_sum_of_two: bool = False  # DeepSeek V3 scores a group by its two best experts
+    selection_bias: str | None = None  # weight added to the scores for choosing, not for weighing
 
 
 class Ops(Protocol[Value]):
@@ -86,9 +87,13 @@ class Ops(Protocol[Value]):
         gate: str,
         up: str,
         down: str,
-        selection_bias: str | None = None,
+        beside: Callable[[Value], Value] | None = None,
     ) -> Value:
-        """residual + the weighted outputs of each token's top_k experts: [T, H]."""
+        """residual + the weighted outputs of each token's top_k experts: [T, H].
+
+        beside: the layer's own work that does not need them (a shared expert), as a function of
+        what it is added to; it runs while somebody else computes the experts, else after them.
+        """
 
     def silu_mul(self, gate: Value, up: Value) -> Value:
         """silu(gate) * up."""

@@ -60,7 +60,16 @@ def _mlp(ops: Ops[Value], spec: ModelSpec, layer: int, x: Value) -> Value:
         )
         return ops.linear(gated, f"{name}ffn_down.weight", residual=x)
     routing = Routing(spec.top_k, spec.scoring, spec.norm_topk, spec.expert_scale)
-    x = ops.experts(
+
+    def add_shared(x: Value) -> Value:
+        shared = ops.silu_mul(
+            ops.linear(h, f"{name}ffn_gate_shexp.weight"),
+            ops.linear(h, f"{name}ffn_up_shexp.weight"),
+        )
+        shared = ops.linear(shared, f"{name}ffn_down_shexp.weight")
+        return ops.gate_add(x, ops.linear(h, f"{name}ffn_gate_inp_shexp.weight"), shared)
+
+    return ops.experts(
         h,
         x,
         routing,
@@ -68,11 +77,5 @@ def _mlp(ops: Ops[Value], spec: ModelSpec, layer: int, x: Value) -> Value:
         gate=f"{name}ffn_gate_exps.weight",
         up=f"{name}ffn_up_exps.weight",
         down=f"{name}ffn_down_exps.weight",
+        beside=add_shared if spec.shared_intermediate_size else None,
     )
-    if spec.shared_intermediate_size == 0:
-        return x
-    shared = ops.silu_mul(
-        ops.linear(h, f"{name}ffn_gate_shexp.weight"), ops.linear(h, f"{name}ffn_up_shexp.weight")
-    )
-    shared = ops.linear(shared, f"{name}ffn_down_shexp.weight")
-    return ops.gate_add(x, ops.linear(h, f"{name}ffn_gate_inp_shexp.weight"), shared)

@@ -387,7 +387,8 @@ KT_API int32_t kt_expert_set_finish(kt_expert_set* set);
 KT_API int32_t kt_expert_set_part(const kt_expert_set* set, int32_t layer, int32_t which,
                                   int32_t part, kt_packed_part* out);
 /* [engine] out f32 [T, H] = sum over k of weights[t, k] * expert ids[t, k] of x f32 [T, H]. An id
- * of -1 is skipped (somebody else computes it); a row that has no other is neither read nor written.
+ * of -1 is skipped (somebody else computes it); a row that has no other is neither read nor
+ * written.
  */
 KT_API int32_t kt_expert_set_run(kt_expert_set* set, int32_t layer, int32_t num_tokens,
                                  const float* x, const int32_t* ids, const float* weights,
@@ -403,20 +404,30 @@ typedef struct kt_copy {
   int64_t num_bytes;
 } kt_copy;
 
-/* [engine] Puts copies on a stream (cudaStream_t), in order, and returns at once. KT_ERR_UNSUPPORTED
- * without a CUDA runtime in the process, KT_ERR_INTERNAL when CUDA refuses one. */
+/* [engine] Puts copies on a stream (cudaStream_t), in order, and returns at once.
+ * KT_ERR_UNSUPPORTED without a CUDA runtime in the process, KT_ERR_INTERNAL when CUDA refuses one.
+ */
 KT_API int32_t kt_copy_to_device(void* stream, const kt_copy* copies, int32_t num_copies);
 
 /* ---- decode steps on a GPU whose routed experts run on the CPU ---- */
 
 typedef struct kt_handoff kt_handoff;
 
+/* How the GPU asks and waits: mechanism */
+#define KT_HANDOFF_SPIN 0       /* kernels raise and poll the flags; waiting has a time limit */
+#define KT_HANDOFF_WAIT_VALUE 1 /* a kernel raises, the stream waits: cuStreamWaitValue32 */
+#define KT_HANDOFF_HOST_CALL 2  /* host functions in the stream do both; with a time limit */
+
+/* Places in the graph, per layer */
+#define KT_HANDOFF_ASKED 0 /* behind the kernel that wrote x, ids and weights */
+#define KT_HANDOFF_TAKEN 1 /* in front of the kernel that reads out */
+
 /* Pinned buffers shared with the graph's signal and wait kernels; borrowed until destroy. */
 typedef struct kt_handoff_config {
   uint32_t struct_size;
   int32_t num_layers;
   int32_t max_tokens;
-  int32_t reserved;
+  int32_t mechanism;    /* KT_HANDOFF_x */
   const float* x;       /* [max_tokens, H] */
   const int32_t* ids;   /* [max_tokens, K] */
   const float* weights; /* [max_tokens, K] */
@@ -440,13 +451,20 @@ typedef struct kt_gpu_step {
   int64_t results_bytes;
   int64_t timeout_ns; /* longest wait for one layer's request */
   int64_t expert_ns;  /* out: time spent in the experts */
+  int64_t*
+      asked_ns; /* out [num_layers], may be NULL: when each request was seen, by an own clock */
 } kt_gpu_step;
 
-/* [setup] set may be NULL: steps then have no CPU part. KT_ERR_UNSUPPORTED without a CUDA runtime
- * in the process. */
+/* [setup] set may be NULL: requests are then answered at once and out stays as it is; with
+ * num_layers 0 there are none. KT_ERR_UNSUPPORTED without a CUDA runtime in the process. */
 KT_API int32_t kt_handoff_create(const kt_handoff_config* config, kt_expert_set* set,
                                  kt_handoff** out);
 KT_API int32_t kt_handoff_destroy(kt_handoff* handoff); /* [setup] */
+/* [setup] Puts on a stream that is being captured (cudaStream_t) what the mechanism needs at a
+ * place of a layer, KT_HANDOFF_ASKED or _TAKEN; nothing for KT_HANDOFF_SPIN. The graph may be
+ * replayed until the handle is destroyed. KT_ERR_UNSUPPORTED when the driver lacks the call,
+ * KT_ERR_INTERNAL when it refuses it. */
+KT_API int32_t kt_handoff_mark(kt_handoff* handoff, int32_t layer, int32_t place, void* stream);
 /* [engine] Runs one step and waits for it. KT_ERR_INTERNAL when CUDA fails or the time limit
  * passes: the GPU's state is then unknown. */
 KT_API int32_t kt_handoff_run(kt_handoff* handoff, kt_gpu_step* step);

@@ -117,7 +117,8 @@ async def test_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(fault, monkeypatch) as server:
         before = await server.chat()
         fault.may_load.clear()
-        events = await asyncio.gather(server.stream(fault.armed.set), server.stream(lambda: None))
+        streams = iter((lambda: None, fault.armed.set))  # breaks when both have begun
+        events = await asyncio.gather(*(server.stream(lambda: next(streams)()) for _ in range(2)))
         for one in events:
             assert "injected failure" in one[-1]["error"]["message"]
         status, body = await server.health()

@@ -137,6 +137,14 @@ int32_t kt_handoff_destroy(kt_handoff* handoff) {
   });
 }
 
+int32_t kt_handoff_mark(kt_handoff* handoff, int32_t layer, int32_t place, void* stream) {
+  return kt::guard([&] {
+    kt::require_handle(handoff, "handoff");
+    handoff->handoff.mark(layer, place, stream);
+    return KT_OK;
+  });
+}
+
 int32_t kt_handoff_run(kt_handoff* handoff, kt_gpu_step* step) {
   return kt::guard([&] {
     kt::require_handle(handoff, "handoff");

@@ -17,6 +17,11 @@ void find(void* library, const char* name, Function& out) {
   }
 }
 
+template <class Function>
+void find_optional(void* library, const char* name, Function& out) {
+  out = library == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(library, name));
+}
+
 Cudart load() {
   void* library = nullptr;
   for (const char* name : {"libcudart.so.13", "libcudart.so.12", "libcudart.so"}) {
@@ -35,6 +40,9 @@ Cudart load() {
   find(library, "cudaStreamQuery", calls.stream_query);
   find(library, "cudaStreamSynchronize", calls.stream_synchronize);
   find(library, "cudaGetErrorString", calls.error_string);
+  find_optional(library, "cudaLaunchHostFunc", calls.launch_host_func);
+  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+  find_optional(driver, "cuStreamWaitValue32_v2", calls.stream_wait_value);
   return calls;
 }
 

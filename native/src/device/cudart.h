@@ -16,11 +16,15 @@ struct Cudart {
   int (*stream_query)(void* stream);
   int (*stream_synchronize)(void* stream);
   const char* (*error_string)(int error);
+  // The two below may be missing (nullptr): only fallbacks of the hand-off need them.
+  int (*launch_host_func)(void* stream, void (*function)(void*), void* data);
+  int (*stream_wait_value)(void* stream, uint64_t address, uint32_t value, unsigned flags);
 };
 
 inline constexpr int kHostToDevice = 1;
 inline constexpr int kDeviceToHost = 2;
-inline constexpr int kNotReady = 600;  // cudaErrorNotReady
+inline constexpr unsigned kWaitGreaterEqual = 0;  // CU_STREAM_WAIT_VALUE_GEQ
+inline constexpr int kNotReady = 600;             // cudaErrorNotReady
 
 // Throws kt::Error (KT_ERR_UNSUPPORTED) when no CUDA runtime is loaded.
 const Cudart& cudart();

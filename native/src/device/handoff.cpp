@@ -3,6 +3,7 @@
 #include <atomic>
 #include <chrono>
 #include <string>
+#include <thread>
 
 #include "base/error.h"
 #include "device/cudart.h"
@@ -12,6 +13,8 @@ namespace {
 
 constexpr int64_t kFlagStride = 16;  // uint32 words: one flag per cache line
 constexpr int kSpinsPerCheck = 4096;
+constexpr int64_t kHostCallLimitNs = 10'000'000'000;
+constexpr uint32_t kTimedOut = 3;  // as the kernel that waits says it
 
 int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -33,10 +36,13 @@ inline void pause() {
 
 Handoff::Handoff(const kt_handoff_config& config, ExpertSet* experts)
     : config_(config), experts_(experts) {
-  if (experts == nullptr) {
+  if (config.mechanism < KT_HANDOFF_SPIN || config.mechanism > KT_HANDOFF_HOST_CALL) {
+    fail_argument("mechanism is " + std::to_string(config.mechanism) + "; valid are 0 to 2");
+  }
+  if (experts == nullptr && config.num_layers == 0) {
     return;
   }
-  if (config.num_layers != experts->num_layers()) {
+  if (experts != nullptr && config.num_layers != experts->num_layers()) {
     fail_argument("num_layers is " + std::to_string(config.num_layers) + ", the expert set has " +
                   std::to_string(experts->num_layers()));
   }
@@ -46,23 +52,76 @@ Handoff::Handoff(const kt_handoff_config& config, ExpertSet* experts)
         static_cast<const void*>(config.request), static_cast<const void*>(config.done)}) {
     require_handle(buffer, "a hand-off buffer");
   }
+  for (int32_t layer = 0; layer < config.num_layers; ++layer) {
+    calls_.push_back({config.request + layer * kFlagStride, config.done + layer * kFlagStride});
+  }
+}
+
+void Handoff::mark(int32_t layer, int32_t place, void* stream) {
+  if (layer < 0 || layer >= config_.num_layers) {
+    fail_argument("layer is " + std::to_string(layer) + " of " +
+                  std::to_string(config_.num_layers));
+  }
+  if (place != KT_HANDOFF_ASKED && place != KT_HANDOFF_TAKEN) {
+    fail_argument("place is " + std::to_string(place) + "; valid are 0 and 1");
+  }
+  HostCall& call = calls_[static_cast<size_t>(layer)];
+  if (config_.mechanism == KT_HANDOFF_HOST_CALL) {
+    if (cudart().launch_host_func == nullptr) {
+      fail_unsupported("the CUDA runtime has no cudaLaunchHostFunc");
+    }
+    auto* function = place == KT_HANDOFF_ASKED ? raise_request : await_done;
+    check_cuda(cudart().launch_host_func(stream, function, &call), "cudaLaunchHostFunc");
+  } else if (config_.mechanism == KT_HANDOFF_WAIT_VALUE && place == KT_HANDOFF_TAKEN) {
+    if (cudart().stream_wait_value == nullptr) {
+      fail_unsupported("the CUDA driver has no cuStreamWaitValue32");
+    }
+    // A driver call: its codes are not those of the runtime, so the number must do.
+    const int status = cudart().stream_wait_value(stream, reinterpret_cast<uint64_t>(call.done), 1,
+                                                  kWaitGreaterEqual);
+    if (status != 0) {
+      throw Error(KT_ERR_INTERNAL, "cuStreamWaitValue32 failed with " + std::to_string(status));
+    }
+  }
+}
+
+// Runs on a thread of the CUDA runtime, in stream order; must not call CUDA.
+void Handoff::raise_request(void* call) {
+  std::atomic_ref<uint32_t>(*static_cast<HostCall*>(call)->request)
+      .store(1, std::memory_order_release);
+}
+
+void Handoff::await_done(void* call) {
+  std::atomic_ref<uint32_t> done(*static_cast<HostCall*>(call)->done);
+  const int64_t deadline = now_ns() + kHostCallLimitNs;
+  for (int spins = 1; done.load(std::memory_order_acquire) == 0; ++spins) {
+    pause();
+    if (spins % kSpinsPerCheck == 0 && now_ns() > deadline) {
+      done.store(kTimedOut, std::memory_order_release);
+    }
+  }
 }
 
 void Handoff::run(kt_gpu_step& step) {
   const Cudart& cuda = cudart();
   step.expert_ns = 0;
-  if (experts_ != nullptr && step.num_tokens > config_.max_tokens) {
+  if (config_.num_layers > 0 && step.num_tokens > config_.max_tokens) {
     fail_argument("num_tokens is " + std::to_string(step.num_tokens) + ", the hand-off holds " +
                   std::to_string(config_.max_tokens));
   }
-  check_cuda(cuda.memcpy_async(step.block_device, step.block_host,
-                               static_cast<size_t>(step.block_bytes), kHostToDevice, step.stream),
-             "cudaMemcpyAsync");
+  if (step.block_bytes > 0) {
+    check_cuda(cuda.memcpy_async(step.block_device, step.block_host,
+                                 static_cast<size_t>(step.block_bytes), kHostToDevice, step.stream),
+               "cudaMemcpyAsync");
+  }
   check_cuda(cuda.graph_launch(step.graph_exec, step.stream), "cudaGraphLaunch");
-  check_cuda(cuda.memcpy_async(step.results_host, step.results_device,
-                               static_cast<size_t>(step.results_bytes), kDeviceToHost, step.stream),
-             "cudaMemcpyAsync");
-  if (experts_ != nullptr && step.num_tokens > 0) {
+  if (step.results_bytes > 0) {
+    check_cuda(
+        cuda.memcpy_async(step.results_host, step.results_device,
+                          static_cast<size_t>(step.results_bytes), kDeviceToHost, step.stream),
+        "cudaMemcpyAsync");
+  }
+  if (config_.num_layers > 0 && step.num_tokens > 0) {
     serve(step);
   }
   check_cuda(cuda.stream_synchronize(step.stream), "cudaStreamSynchronize");
@@ -74,22 +133,35 @@ void Handoff::serve(kt_gpu_step& step) {
     for (; layer < config_.num_layers; ++layer) {
       if (!wait_for_request(layer, step, now_ns() + step.timeout_ns)) {
         throw Error(KT_ERR_INTERNAL, "the GPU did not ask for the experts of layer " +
-                                         std::to_string(layer) + " within " +
+                                         std::to_string(layer) +
+                                         ": it has ended or takes more than " +
                                          std::to_string(step.timeout_ns / 1000000) + " ms");
       }
       const int64_t begin = now_ns();
-      experts_->run(layer, step.num_tokens, config_.x, config_.ids, config_.weights, config_.out);
-      step.expert_ns += now_ns() - begin;
+      if (step.asked_ns != nullptr) {
+        step.asked_ns[layer] = begin;
+      }
+      if (experts_ != nullptr) {
+        experts_->run(layer, step.num_tokens, config_.x, config_.ids, config_.weights, config_.out);
+        step.expert_ns += now_ns() - begin;
+      }
       flag(config_.done, layer).store(1, std::memory_order_release);
     }
   } catch (...) {
     release_all(layer);
-    (void)cudart().stream_synchronize(step.stream);
+    drain(step.stream, now_ns() + step.timeout_ns);
     for (int32_t l = 0; l < config_.num_layers; ++l) {
       flag(config_.request, l).store(0);
       flag(config_.done, l).store(0);
     }
     throw;
+  }
+}
+
+// Lets the graph run out; a GPU that hangs is left alone after the time limit.
+void Handoff::drain(void* stream, int64_t deadline_ns) {
+  while (cudart().stream_query(stream) == kNotReady && now_ns() < deadline_ns) {
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
   }
 }
 
@@ -104,6 +176,9 @@ bool Handoff::wait_for_request(int32_t layer, const kt_gpu_step& step, int64_t d
     if (spins % kSpinsPerCheck == kSpinsPerCheck - 1) {
       // A stream that has ended, well or badly, will never ask again.
       const int status = cudart().stream_query(step.stream);
+      if (status == 0 && request.load(std::memory_order_acquire) == 0) {
+        return false;
+      }
       if (status != 0 && status != kNotReady) {
         check_cuda(status, "the decode graph");
       }

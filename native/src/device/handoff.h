@@ -11,11 +11,19 @@
 //  Both flags are thus zero again when the step ends. The engine thread itself polls, as worker 0
 //  of the pool: no other thread has to be woken for the first layer, and nothing spins between
 //  steps.
+//  That is KT_HANDOFF_SPIN. A kernel that spins is unwelcome on some machines (a GPU that also
+//  draws a desktop, a driver that resets a device that seems to hang, a debugger), and flags
+//  written by a kernel may not reach the CPU in time on others. Then the same kernels stay, and
+//    KT_HANDOFF_WAIT_VALUE puts a stream wait for done[l] >= 1 in front of the second kernel, which
+//      so finds the flag raised;
+//    KT_HANDOFF_HOST_CALL lets host functions of the stream raise request[l] behind the first
+//      kernel (whose own flag then points elsewhere) and wait for done[l] in front of the second.
 //  If the CPU gives up (time limit, failed stream), all layers still to come are answered with 2,
 //  so that the graph runs out instead of waiting for its own limit 48 times.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "experts/expert_set.h"
 #include "kt.h"
@@ -28,14 +36,26 @@ class Handoff {
   Handoff(const kt_handoff_config& config, ExpertSet* experts);
   // [engine] Copies the block, launches the graph, serves the experts, copies the results, waits.
   void run(kt_gpu_step& step);
+  // [setup] See kt_handoff_mark.
+  void mark(int32_t layer, int32_t place, void* stream);
 
  private:
+  // What a host function of the stream needs; its address is part of the graph.
+  struct HostCall {
+    uint32_t* request;
+    uint32_t* done;
+  };
+  static void raise_request(void* call);
+  static void await_done(void* call);
+
   void serve(kt_gpu_step& step);
+  void drain(void* stream, int64_t deadline_ns);
   bool wait_for_request(int32_t layer, const kt_gpu_step& step, int64_t deadline_ns);
   void release_all(int32_t first_layer);
 
   kt_handoff_config config_;
   ExpertSet* experts_;
+  std::vector<HostCall> calls_;  // by layer; never resized
 };
 
 }  // namespace kt

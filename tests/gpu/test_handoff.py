@@ -1,0 +1,203 @@
+"""Handing rows to the CPU inside a graph: every mechanism, time limits, overlap, mixed placement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+from gguf import GGMLQuantizationType, quants  # noqa: E402
+
+from kt_async.engine import cuda_probe  # noqa: E402
+from kt_async.engine.cuda_build import (  # noqa: E402
+    CudaOptions,
+    kernels_for,
+    launcher,
+    load_cuda_runner,
+)
+from kt_async.engine.cuda_handoff import MECHANISMS, Channel  # noqa: E402
+from kt_async.engine.cuda_probe import Replay, choose_mechanism, probe  # noqa: E402
+from kt_async.engine.cuda_runner import CudaLimits  # noqa: E402
+from kt_async.errors import EngineError, NativeError  # noqa: E402
+from kt_async.ffi import structs  # noqa: E402
+from kt_async.ffi.cuda import Kernels  # noqa: E402
+from kt_async.ffi.handoff import ExpertSet  # noqa: E402
+from kt_async.ffi.pool import Pool  # noqa: E402
+from tests.reference.checkpoints import (  # noqa: E402
+    QWEN2,
+    QWEN3,
+    exact_model,
+    hf_logprobs,
+    make_checkpoint,
+)
+from tests.reference.harness import DirectEngine, log_softmax, mean_kl  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+HEADS = {"head_dim": 128, "v_head_dim": 128, "rope": replace(QWEN3.rope, dim=128)}
+SPEC, SHARED = replace(QWEN3, **HEADS), replace(QWEN2, **HEADS)
+SHAPE = (4, 2, 64, 2)  # layers, rows, hidden size, top_k
+
+
+def engine(path: Path, **options: Any) -> DirectEngine:
+    def runner(files: Any, spec: Any, pool: Any, layout: Any, limits: Any) -> Any:
+        cuda = CudaLimits(limits.page_size, limits.num_pages, limits.sample_vocab, limits.num_pages)
+        chosen = CudaOptions(show_progress=False, **options)
+        return load_cuda_runner(files, spec, pool, layout, cuda, chosen)
+
+    return DirectEngine(path, make_runner=partial(runner), max_batch_size=4)
+
+
+def prompt(length: int, seed: int = 1) -> list[int]:
+    return np.random.default_rng(seed).integers(0, SPEC.vocab_size, length).tolist()
+
+
+PROMPTS = [prompt(5 + 9 * i, seed=i) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def launch() -> Any:
+    return launcher(kernels_for({8}, None))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("gpu") / "m.gguf", "Q8_0", SPEC)
+
+
+@pytest.fixture(scope="module")
+def shared_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("gpu") / "s.gguf", "Q8_0", SHARED)
+
+
+def generate(path: Path, **options: Any) -> list[list[int]]:
+    made = engine(path, **options)
+    try:
+        text = made.generate(PROMPTS, 16)
+        assert not options.get("use_graphs", True) or made.runner.stats()["graph_steps"] > 0
+    finally:
+        made.close()
+    return text
+
+
+def test_every_mechanism_gives_the_same_text(checkpoint: Path) -> None:
+    texts = [generate(checkpoint, handoff=name) for name in MECHANISMS]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_probe_falls_back(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(probe(launch, name) is None for name in MECHANISMS)
+    assert choose_mechanism(launch) == "spin"
+    broken = {"spin"}
+    monkeypatch.setattr(
+        cuda_probe, "probe", lambda launch, name: "broken" if name in broken else None
+    )
+    assert choose_mechanism(launch) == "wait_value"
+    broken.add("wait_value")
+    assert choose_mechanism(launch) == "host_call"
+    broken.add("host_call")
+    with pytest.raises(EngineError, match="spin does not work here"):
+        choose_mechanism(launch)
+
+
+def test_probe_sees_a_cpu_that_does_not_answer(
+    launch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_probe, "_PROBE_TICKS", 1_000_000)
+
+    def silent(self: Replay, timeout_ns: int, asked_ns: int = 0) -> None:
+        self.graph.replay()
+        torch.cuda.synchronize()
+
+    monkeypatch.setattr(Replay, "run", silent)
+    assert "did not answer" in str(probe(launch, "spin"))
+
+
+def test_the_gpu_gives_up_on_a_silent_cpu(launch: Any) -> None:
+    channel = Channel.open("spin", None, SHAPE, limit_ticks=2_000_000)
+    replay = Replay.capture(channel, launch, SHAPE[0], SHAPE[1])
+    replay.graph.replay()  # nobody serves it
+    torch.cuda.synchronize()
+    with pytest.raises(EngineError, match=r"did not answer in time .*\(state 3\)"):
+        channel.check()
+    channel.native.close()
+
+
+def test_the_cpu_gives_up_on_a_gpu_that_does_not_ask(launch: Any) -> None:
+    channel = Channel.open("spin", None, SHAPE)
+    replay = Replay.capture(channel, launch, 2, SHAPE[1])  # two layers of the four announced
+    with pytest.raises(NativeError, match="did not ask for the experts of layer 2") as caught:
+        replay.run(200_000_000)
+    assert caught.value.status == structs.KT_ERR_INTERNAL
+    channel.native.close()
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_experts_that_fail_end_the_step(launch: Any, mechanism: str) -> None:
+    with Pool(num_threads=1) as pool:
+        experts = ExpertSet(pool, max_tokens=2, top_k=2)
+        rows, cols = 64, 64
+        blocks = quants.quantize(np.zeros((2, rows, cols), np.float32), GGMLQuantizationType.Q8_0)
+        tensor = structs.tensor_at(8, (2, rows, cols), blocks.nbytes, blocks.ctypes.data)
+        experts.add_layer(tensor, tensor, tensor)
+        experts.finish()
+        channel = Channel.open(mechanism, experts, (1, 2, cols, 2))
+        replay = Replay.capture(channel, launch, 1, 2)
+        replay.run(1_000_000_000)
+        channel.check()
+        replay.kept[0].fill_(7)  # no such expert
+        with pytest.raises(NativeError, match="7"):
+            replay.run(1_000_000_000)
+        with pytest.raises(EngineError, match=r"failed in a decode step \(state 2\)"):
+            channel.check()
+        channel.native.close()
+        experts.close()
+
+
+def test_mixed_placement_gives_the_text_of_one_side(checkpoint: Path) -> None:
+    """Expert layers in VRAM and on the CPU differ in rounding only."""
+    whole = generate(checkpoint, experts_in_vram=True)
+    for layers in ((0,), (1, 2), (0, 1, 2)):
+        mixed = generate(checkpoint, vram_layers=layers)
+        assert [text[0] for text in mixed] == [text[0] for text in whole]
+    assert generate(checkpoint, vram_layers=(0, 1, 2)) == whole
+
+
+@pytest.mark.parametrize("layers", [(), (1,), (0, 1, 2)])
+def test_shared_experts_kl(shared_checkpoint: Path, layers: tuple[int, ...]) -> None:
+    made = engine(shared_checkpoint, vram_layers=layers)
+    try:
+        ours = log_softmax(made.prompt_logits(prompt(200)))
+    finally:
+        made.close()
+    kl = mean_kl(hf_logprobs(exact_model(shared_checkpoint), prompt(200)), ours)
+    print(f"KL with shared experts, VRAM layers {layers}: {kl:.2e}")
+    assert kl <= 5e-3
+
+
+def test_shared_experts_run_while_the_cpu_computes(
+    shared_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+    real = Kernels.launch
+
+    def record(self: Kernels, name: str, *args: Any, **kw: Any) -> None:
+        launched.append(name)
+        real(self, name, *args, **kw)
+
+    monkeypatch.setattr(Kernels, "launch", record)
+    ours = generate(shared_checkpoint)
+    between: Sequence[str] = ()
+    at = len(launched) - 1 - launched[::-1].index("handoff_signal")
+    between = launched[at + 1 : launched.index("handoff_wait", at)]
+    assert any(name.startswith("multiply") for name in between), between
+    assert [t[0] for t in ours] == [t[0] for t in generate(shared_checkpoint, use_graphs=False)]
