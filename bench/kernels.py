@@ -53,7 +53,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--layers", default="qwen3:Q4_K:Q6_K,qwen3:Q8_0:Q8_0", help="shape:up:down,.. or none"
     )
-    parser.add_argument("--megabytes", type=int, default=96, help="weights of one linear product")
+    parser.add_argument(
+        "--megabytes",
+        type=int,
+        default=max(96, 2 * query_host().l3_bytes >> 20),
+        help="weights of one linear product, of two in turn; default 96 or twice the L3 cache",
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON lines; default results/kernels-*.jsonl")
@@ -90,18 +95,19 @@ def run(args: argparse.Namespace, isa: str, output: ResultFile) -> Bench:
     types, layers = wanted_types(args.types), wanted_layers(args.layers)
     with Pool(args.threads, isa=isa_number(isa)) as pool:
         bench = Bench(args, pool, output)
-        limits = bench.limits
-        print(query_host().cpu_name, "|", pool.describe())
-        peaks = {"integer": limits.integer, "bf16": limits.bf16, "f32": limits.f32}
-        text = ", ".join(f"{n} {v / 1e9:.0f} GMAC/s" for n, v in peaks.items() if v)
-        print(f"limits: read {limits.read / 1e9:.1f} GB/s, {text}", flush=True)
+        print(query_host().cpu_name, "|", pool.describe(), flush=True)
         for line in fixed_cost.measure(pool, output):
             print(line, flush=True)
         for name in types:
             bench.linear(name)
         for layer in layers:
             bench.layer(*layer)
-        print(bench.table())
+        table = bench.finish()
+        limits = bench.limits
+        peaks = {"integer": limits.integer, "bf16": limits.bf16, "f32": limits.f32}
+        text = ", ".join(f"{n} {v / 1e9:.0f} GMAC/s" for n, v in peaks.items() if v)
+        print(f"limits: read {limits.read / 1e9:.1f} GB/s, {text}")
+        print(table, flush=True)
     return bench
 
 

@@ -77,7 +77,7 @@ def start(path: Path, threads: int) -> dict[str, float]:
     command += ["--port", str(port), "--cpu_infer", str(threads)]
     command += ["--max_batch_size", "1", "--cache_lens", "4096", "--log_level", "info"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("KT_ASYNC_")}
-    env["PYTHONPATH"] = str(record.ROOT)
+    env["PYTHONPATH"] = os.pathsep.join([str(record.ROOT), *filter(None, [env.get("PYTHONPATH")])])
     with process.Server(command, port, env=env) as server:
         ready = server.wait_ready(_START_S)
         peak = process.peak_rss_bytes(server.pid)

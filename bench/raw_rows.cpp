@@ -24,7 +24,7 @@
 namespace {
 
 constexpr int32_t kQ4K = 12, kCols = 2048, kBlock = 256, kBlocks = kCols / kBlock;
-constexpr int32_t kRows = 160000, kCopies = 2;  // 2 x 184 MB, in turn
+constexpr int32_t kRows = 320000, kCopies = 2;  // 2 x 369 MB, in turn
 constexpr int32_t kMost = 64;                   // activation rows
 constexpr int32_t kTileRows = 16, kGroups = 8;  // rows of a tile; groups of 32 weights in a block
 
