@@ -52,9 +52,8 @@ class World:
         assert load().kt_expert_set_finish(self.set) == 0
         self.open_set = self.create("kt_expert_set_create", self.pool, 4, TOP_K)
         self.sched = self.create("kt_sched_create", make_config())
-        self.handoff = self.create(
-            "kt_handoff_create", structs.sized(structs.HandoffConfig, num_layers=1), None
-        )
+        self.handoff_config = structs.sized(structs.HandoffConfig)  # no layers: no buffers
+        self.handoff = self.create("kt_handoff_create", self.handoff_config, None)
         self.open_model = self.create("kt_model_create", self.model_config(), self.pool)
         self.model = self.finished_model()
         self.x, self.weights = self.floats(2, H), self.floats(2, TOP_K)
@@ -179,5 +178,6 @@ def creating_calls(w: World) -> list[Call]:
         Call("kt_matrix_create", [w.pool, w.tensors[0], new]),
         Call("kt_expert_set_create", [w.pool, 4, TOP_K, new]),
         Call("kt_sched_create", [make_config(), new]),
+        Call("kt_handoff_create", [w.handoff_config, w.set, new]),  # lacks the set's layer
         Call("kt_sched_submit", [w.sched, request, 1]),
     ]
