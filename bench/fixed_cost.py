@@ -135,7 +135,7 @@ def _call_seconds(pool: Pool, hidden: int) -> list[float]:
     for _ in range(_STEPS):
         start = time.perf_counter()
         for _ in range(_LAYERS):
-            check(call(handle, 0, 1, *addresses))
+            check(call(handle, 0, 1, *addresses, None))
         seconds.append((time.perf_counter() - start) / _LAYERS)
     experts.close()
     return seconds

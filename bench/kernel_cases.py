@@ -25,6 +25,7 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 _FLOATS = ("F32", "F16", "BF16")
 _COLS = 2048
+_PROMPT_ROWS = 32  # so many rows or tokens are multiplied as a prompt's
 # Relative error of a product: f32 sums; activations rounded to int8 (uniform error of a 127th).
 _TOLERANCE = {True: 1e-5, False: 2e-2}
 
@@ -54,6 +55,15 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one run does: bytes of weights, multiply-adds, rows or tokens."""
+
+    num_bytes: float
+    macs: float
+    count: int
+
+
+@dataclass(frozen=True)
 class Limits:
     """Bytes and multiply-adds per second that all workers reach together."""
 
@@ -61,10 +71,13 @@ class Limits:
     integer: float | None
     bf16: float | None
     f32: float | None
+    has_tiles: bool = False
 
-    def peak(self, type_name: str) -> float | None:
-        """The peak that bounds products with this type's weights."""
+    def peak(self, type_name: str, count: int) -> float | None:
+        """The peak that bounds products of `count` rows with this type's weights."""
         if type_name not in _FLOATS:
+            if self.has_tiles and count >= _PROMPT_ROWS:
+                return self.bf16
             return self.integer or self.f32
         # A bf16 tile multiplies faster than f32 units do, but takes two passes (high and low part).
         halved = (self.bf16 or 0) / 2
@@ -74,17 +87,21 @@ class Limits:
         """The higher one of each."""
         peaks = [(self.integer, other.integer), (self.bf16, other.bf16), (self.f32, other.f32)]
         best = [max(x or 0, y or 0) or None for x, y in peaks]
-        return Limits(max(self.read, other.read), *best)
+        integer, bf16, f32 = best
+        read = max(self.read, other.read)
+        return Limits(read, integer, bf16, f32, has_tiles=self.has_tiles)
 
-    def seconds(self, type_name: str, num_bytes: float, macs: float) -> float:
+    def seconds(self, type_name: str, work: Work) -> float:
         """The shortest possible time."""
-        return max(num_bytes / self.read, macs / (self.peak(type_name) or float("inf")))
+        peak = self.peak(type_name, work.count)
+        return max(work.num_bytes / self.read, work.macs / (peak or float("inf")))
 
 
 def measure_limits(pool: Pool, num_bytes: int) -> Limits:
     """Read bandwidth and peaks of this pool."""
-    rates = [peak_rate(pool, kind) for kind in range(3)]
-    return Limits(pool.read_bandwidth(num_bytes, 8), *rates)
+    integer, bf16, f32 = (peak_rate(pool, kind) for kind in range(3))
+    read = pool.read_bandwidth(num_bytes, 8)
+    return Limits(read, integer, bf16, f32, has_tiles="amx" in pool.describe())
 
 
 def best_time(run: Callable[[int], object], repeats: int, least: float = 0.3) -> list[float]:
@@ -127,28 +144,28 @@ def check(name: str, packed: Matrix, data: npt.NDArray[np.uint8], x: F32, got: F
 
 
 def report(
-    label: str, name: str, times: Sequence[float], limits: Limits, num_bytes: float, macs: float
+    label: str, name: str, times: Sequence[float], limits: Limits, work: Work
 ) -> tuple[list[str], dict[str, object]]:
     """One table row and one result record."""
     best = min(times)
-    peak = limits.peak(name)
+    peak = limits.peak(name, work.count)
     shares: dict[str, float | None] = {
-        "share": limits.seconds(name, num_bytes, macs) / best,
-        "bandwidth_share": num_bytes / best / limits.read,
-        "peak_share": macs / best / peak if peak else None,
+        "share": limits.seconds(name, work) / best,
+        "bandwidth_share": work.num_bytes / best / limits.read,
+        "peak_share": work.macs / best / peak if peak else None,
     }
     row = [
         label,
         stats.number(best * 1e6),
         stats.number(stats.median(times) * 1e6),
-        stats.number(num_bytes / best / 1e9),
-        stats.number(macs / best / 1e9),
+        stats.number(work.num_bytes / best / 1e9),
+        stats.number(work.macs / best / 1e9),
         *(f"{100 * value:.0f} %" if value else "-" for value in shares.values()),
     ]
     record: dict[str, object] = {
         "label": label,
-        "bytes": num_bytes,
-        "macs": macs,
+        "bytes": work.num_bytes,
+        "macs": work.macs,
         "seconds": list(times),
         **shares,
     }
@@ -163,14 +180,12 @@ class Bench:
         self._pool = pool
         self._rng = np.random.default_rng(args.seed)
         self._file = output
-        self._measured: list[tuple[str, str, str, list[float], Sequence[float]]] = []
+        self._measured: list[tuple[str, str, str, list[float], Work]] = []
         self.limits = measure_limits(pool, args.megabytes << 20)
         self.curves: list[Curve] = []
 
-    def add(
-        self, kind: str, label: str, name: str, times: list[float], work: Sequence[float]
-    ) -> None:
-        """Keep one measurement; work: bytes read, multiply-adds."""
+    def add(self, kind: str, label: str, name: str, times: list[float], work: Work) -> None:
+        """Keep one measurement."""
         self._measured.append((kind, label, name, times, work))
 
     def finish(self) -> str:
@@ -181,7 +196,7 @@ class Bench:
         self.limits = self.limits.best_of(measure_limits(self._pool, self._args.megabytes << 20))
         rows = []
         for kind, label, name, times, work in self._measured:
-            row, record = report(label, name, times, self.limits, *work)
+            row, record = report(label, name, times, self.limits, work)
             rows.append(row)
             self._file.append(
                 kind,
@@ -199,14 +214,15 @@ class Bench:
         with packed:
             for count in self._args.rows:
                 x = self._rng.standard_normal((count, _COLS), np.float32)
-                out = packed.multiply(x)
+                is_prompt = count >= _PROMPT_ROWS
+                out = packed.multiply(x, is_prompt=is_prompt)
                 check(name, packed, data, x, out)
 
-                def run(turn: int, x: F32 = x, out: F32 = out) -> None:
-                    packed.multiply(x, turn % 2, out)
+                def run(turn: int, x: F32 = x, out: F32 = out, is_prompt: bool = is_prompt) -> None:
+                    packed.multiply(x, turn % 2, out, is_prompt=is_prompt)
 
                 times = best_time(run, self._args.repeats)
-                work = (rows * row_bytes, float(rows) * _COLS * count)
+                work = Work(rows * row_bytes, float(rows) * _COLS * count, count)
                 self.add("kernel.linear", f"{name} linear, {count} rows", name, times, work)
 
     def layer(self, shape_name: str, up_type: str, down_type: str) -> None:
@@ -226,12 +242,12 @@ class Bench:
             for tokens in self._args.tokens:
                 draws, distinct = self._routes(tokens, s)
                 times = self._layer_times(layers, s, draws)
-                work = (each * distinct, 3.0 * s.hidden * s.width * s.top_k * tokens)
+                work = Work(each * distinct, 3.0 * s.hidden * s.width * s.top_k * tokens, tokens)
                 label = f"{curve.title}, {tokens} tokens"
                 self.add("kernel.layer", label, up_type, times, work)
                 curve.tokens.append(tokens)
                 curve.seconds.append(times)
-                curve.bytes.append(work[0])
+                curve.bytes.append(work.num_bytes)
         self.curves.append(curve)
 
     def _make_layer(self, s: Shape, up_type: str, down_type: str) -> tuple[Matrix, Matrix, Matrix]:
@@ -248,10 +264,11 @@ class Bench:
         x = self._rng.standard_normal((tokens, shape.hidden), np.float32)
         weights = np.full((tokens, shape.top_k), 1 / shape.top_k, np.float32)
         out = np.empty((tokens, shape.hidden), np.float32)
+        is_prompt = np.full(tokens, tokens >= _PROMPT_ROWS, np.uint8)
 
         def run(turn: int) -> None:
             layer = layers[turn % len(layers)]
-            experts_multiply(layer, x, draws[turn % len(draws)], weights, out)
+            experts_multiply(layer, x, draws[turn % len(draws)], weights, out, is_prompt)
 
         return best_time(run, self._args.repeats)
 

@@ -6,7 +6,8 @@
     python bench/kernels.py --types none --layers deepseek3:Q4_K:Q6_K --tokens 1,4,8
 
 Limits are measured in the same run. Outputs are checked against gguf's decoder before anything is
-timed. "share" is the time the machine's limits allow (bytes / bandwidth or multiply-adds / peak,
+timed. From 32 on, rows and tokens count as a prompt's, which AMX multiplies in bf16 tiles; fewer are
+generated tokens. "share" is the time the machine's limits allow (bytes / bandwidth or multiply-adds / peak,
 whichever is longer) over the best time; weights rotate through more memory than the caches hold.
 Each expert layer gives a plot of its time over 1 to 16 tokens against the time that reading the
 distinct experts takes, beside the result file.

@@ -81,7 +81,8 @@ class StreamedExperts:
         assert x.f32 is not None
         host_x = x.f32.cpu().numpy()
         out = np.empty_like(host_x)
-        self.cpu.run(layer, host_x, ids.cpu().numpy(), weights.cpu().numpy(), out)
+        is_prompt = np.ones(len(host_x), np.uint8)
+        self.cpu.run(layer, host_x, ids.cpu().numpy(), weights.cpu().numpy(), out, is_prompt)
         return torch.from_numpy(out).cuda()
 
     def _start_copy(self, layer: int) -> None:

@@ -90,8 +90,12 @@ class ExpertSet:
         ids: npt.NDArray[np.int32],
         weights: npt.NDArray[np.float32],
         out: npt.NDArray[np.float32],
+        is_prompt: npt.NDArray[np.uint8] | None = None,
     ) -> None:
-        """out [T, H] = weighted sum of each token's experts; arrays are C-contiguous. [engine]"""
+        """out [T, H] = weighted sum of each token's experts; arrays are C-contiguous. [engine]
+
+        is_prompt u8 [T]: tokens that are multiplied like a prompt's (None: no token).
+        """
         check(
             load().kt_expert_set_run(
                 self.handle,
@@ -101,6 +105,7 @@ class ExpertSet:
                 ids.ctypes.data,
                 weights.ctypes.data,
                 out.ctypes.data,
+                None if is_prompt is None else is_prompt.ctypes.data,
             )
         )
 

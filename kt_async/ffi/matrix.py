@@ -113,8 +113,13 @@ class Matrix:
         lib.check(lib.load().kt_matrix_unpack(self.handle, out.ctypes.data, out.size))
         return out
 
-    def multiply(self, x: F32Array, expert: int = 0, out: F32Array | None = None) -> F32Array:
-        """Return x . W[expert]^T: x f32 [m, cols] -> f32 [m, rows]."""
+    def multiply(
+        self, x: F32Array, expert: int = 0, out: F32Array | None = None, *, is_prompt: bool = False
+    ) -> F32Array:
+        """Return x . W[expert]^T: x f32 [m, cols] -> f32 [m, rows].
+
+        is_prompt: multiply like prompt tokens (bf16 where the CPU has AMX).
+        """
         x = np.ascontiguousarray(x, np.float32)
         if x.ndim != 2 or x.shape[1] != self.cols:
             raise NativeError(
@@ -124,7 +129,7 @@ class Matrix:
             out = np.empty((x.shape[0], self.rows), np.float32)
         lib.check(
             lib.load().kt_matrix_multiply(
-                self.handle, expert, x.ctypes.data, x.shape[0], out.ctypes.data
+                self.handle, expert, x.ctypes.data, x.shape[0], out.ctypes.data, int(is_prompt)
             )
         )
         return out

@@ -215,6 +215,7 @@ class BlockLayout(ctypes.Structure):
         ("context_len", ctypes.c_int64),
         ("page_start", ctypes.c_int64),
         ("last_page_len", ctypes.c_int64),
+        ("num_prompt", ctypes.c_int64),
         ("samples", ctypes.c_int64),
         ("page_ids", ctypes.c_int64),
         ("bias_ids", ctypes.c_int64),

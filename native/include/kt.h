@@ -67,7 +67,7 @@ KT_API const char* kt_last_error(void);
 #define KT_ISA_AVX2 1       /* AVX2 + FMA + F16C */
 #define KT_ISA_AVX512 2     /* F, BW, VL, DQ */
 #define KT_ISA_AVX512VNNI 3 /* AVX512 + VNNI + BF16 */
-#define KT_ISA_AMX 4        /* AVX512VNNI + AMX tile, int8, bf16 */
+#define KT_ISA_AMX 4        /* AVX512VNNI + AMX tile, int8, bf16 + AVX512-FP16, VBMI */
 
 typedef struct kt_host_info {
   uint32_t struct_size;
@@ -237,21 +237,22 @@ typedef struct kt_block_layout {
   int32_t max_tokens;
   int32_t max_rows;
   int32_t max_samples;
-  int64_t num_bytes;      /* size of the whole block */
-  int64_t tokens;         /* int32 [T] input ids; -1 - s means "the token that logit row s of the
-                             previous step sampled" (look-ahead) */
-  int64_t positions;      /* int32 [T] */
-  int64_t token_row;      /* int32 [T] row that owns the token */
-  int64_t kv_slot;        /* int32 [T] page_id * page_size + offset where its KV goes */
-  int64_t row_start;      /* int32 [R + 1] token ranges (query indptr) */
-  int64_t context_len;    /* int32 [R] KV length of the row after this step */
-  int64_t page_start;     /* int32 [R + 1] ranges in page_ids (KV indptr) */
-  int64_t last_page_len;  /* int32 [R] used positions of the row's last page */
-  int64_t samples;        /* kt_sample_params [S] */
-  int64_t page_ids;       /* int32 [sum of pages] */
-  int64_t bias_ids;       /* int32 */
-  int64_t bias_values;    /* float */
-  int64_t history_ids;    /* int32 distinct tokens of prompt and output */
+  int64_t num_bytes;     /* size of the whole block */
+  int64_t tokens;        /* int32 [T] input ids; -1 - s means "the token that logit row s of the
+                            previous step sampled" (look-ahead) */
+  int64_t positions;     /* int32 [T] */
+  int64_t token_row;     /* int32 [T] row that owns the token */
+  int64_t kv_slot;       /* int32 [T] page_id * page_size + offset where its KV goes */
+  int64_t row_start;     /* int32 [R + 1] token ranges (query indptr) */
+  int64_t context_len;   /* int32 [R] KV length of the row after this step */
+  int64_t page_start;    /* int32 [R + 1] ranges in page_ids (KV indptr) */
+  int64_t last_page_len; /* int32 [R] used positions of the row's last page */
+  int64_t num_prompt;  /* int32 [R] how many of the row's tokens are its prompt's: the first ones */
+  int64_t samples;     /* kt_sample_params [S] */
+  int64_t page_ids;    /* int32 [sum of pages] */
+  int64_t bias_ids;    /* int32 */
+  int64_t bias_values; /* float */
+  int64_t history_ids; /* int32 distinct tokens of prompt and output */
   int64_t history_counts; /* int32 how often among the generated ones (0 = only in the prompt) */
   int64_t copies_out;     /* int32 [num_copies_out, 2] (page, host_page): page -> host */
   int64_t copies_in;      /* int32 [num_copies_in, 2] (page, host_page): host -> page */
@@ -334,15 +335,17 @@ KT_API int32_t kt_matrix_create(kt_pool* pool, const kt_tensor* tensor, kt_matri
 KT_API int32_t kt_matrix_destroy(kt_matrix* matrix);
 /* Writes the GGUF bytes back (inverse permutation); capacity as kt_tensor.num_bytes. */
 KT_API int32_t kt_matrix_unpack(const kt_matrix* matrix, void* dst, int64_t capacity);
-/* out[num_rows, rows] = x[num_rows, cols] . W^T for expert `expert`, by all workers. */
+/* out[num_rows, rows] = x[num_rows, cols] . W^T for expert `expert`, by all workers. is_prompt: 0
+ * or 1, all rows are multiplied like prompt tokens, which on AMX means bf16 instead of int8. */
 KT_API int32_t kt_matrix_multiply(const kt_matrix* matrix, int32_t expert, const float* x,
-                                  int32_t num_rows, float* out);
+                                  int32_t num_rows, float* out, int32_t is_prompt);
 /* One routed-expert layer: out[T,H] = sum_k weights[t,k] * down(silu(gate x) * (up x)).
- * ids int32 [T, K] (an id out of range is KT_ERR_ARGUMENT), weights f32 [T, K]. */
+ * ids int32 [T, K] (an id out of range is KT_ERR_ARGUMENT), weights f32 [T, K]; is_prompt u8 [T]
+ * says which tokens are multiplied like those of a prompt, NULL: none. */
 KT_API int32_t kt_experts_multiply(const kt_matrix* gate, const kt_matrix* up,
                                    const kt_matrix* down, const float* x, const int32_t* ids,
                                    const float* weights, int32_t num_tokens, int32_t top_k,
-                                   float* out);
+                                   float* out, const uint8_t* is_prompt);
 /* Sustained read bandwidth of all workers over a buffer of num_bytes, best of `passes`. */
 KT_API int32_t kt_bench_read(kt_pool* pool, int64_t num_bytes, int32_t passes,
                              double* bytes_per_second);
@@ -388,11 +391,10 @@ KT_API int32_t kt_expert_set_part(const kt_expert_set* set, int32_t layer, int32
                                   int32_t part, kt_packed_part* out);
 /* [engine] out f32 [T, H] = sum over k of weights[t, k] * expert ids[t, k] of x f32 [T, H]. An id
  * of -1 is skipped (somebody else computes it); a row that has no other is neither read nor
- * written.
- */
+ * written. is_prompt: u8 [T] as in kt_experts_multiply, or NULL. */
 KT_API int32_t kt_expert_set_run(kt_expert_set* set, int32_t layer, int32_t num_tokens,
                                  const float* x, const int32_t* ids, const float* weights,
-                                 float* out);
+                                 float* out, const uint8_t* is_prompt);
 
 /* [any] The packed form of a matrix, as one part. */
 KT_API int32_t kt_matrix_part(const kt_matrix* matrix, kt_packed_part* out);

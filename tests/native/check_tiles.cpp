@@ -1,8 +1,10 @@
 // check_tiles.cpp: the AMX kernels against the AVX-512 VNNI ones. Linked with emulated tiles where
 // the CPU has none. Prints "ok", or what differs.
 //
-// Quantised types must agree bit for bit with VNNI; BF16 within 1e-5, and every row must have the
-// same bits alone as among 70.
+// multiply_band must agree bit for bit with VNNI (BF16 within 1e-5), and every row must have the
+// same bits alone as among 70. multiply_prompt must agree with the decoded weights within the
+// rounding of weights and activations to bf16, and every row must have the same bits in any
+// company.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -16,7 +18,10 @@
 
 namespace {
 
-constexpr int kRows = 70, kStride = 20;
+constexpr int kRows = 70, kStride = 20, kPromptStride = 48;
+// Error of a sum of products whose factors are rounded to 8 bits, over the root of the sum of their
+// squares: at most 2^-9 for each factor; 1.1e-3 .. 2.8e-3 were seen.
+constexpr double kPromptError = 4e-3;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -48,38 +53,52 @@ std::vector<uint8_t> random_rows(int32_t type, int64_t num_bytes, std::mt19937& 
 
 struct Case {
   kt::Matrix w;
-  Bytes band, amx_acts, vnni_acts, scratch;
+  Bytes band, amx_acts, vnni_acts, prompt_acts, scratch;
   int64_t stride = 0;
+  std::vector<float> weights, x;  // [32, cols] decoded, [kRows, cols]
 
   Case(int32_t type, int32_t cols, std::mt19937& random) {
     const kt::TypeTraits* traits = kt::type_traits(type);
     const int64_t row_bytes = int64_t{cols} / traits->block_size * traits->block_bytes;
     kt::matrix_format(type, cols, &w.act, &w.band_bytes);
-    const std::vector<uint8_t> rows = random_rows(type, 16 * row_bytes, random);
-    band = allocate(w.band_bytes);
-    kt::pack_band(type, cols, rows.data(), row_bytes, 16, band.get());
+    const std::vector<uint8_t> rows = random_rows(type, 32 * row_bytes, random);
+    band = allocate(2 * w.band_bytes);
+    for (int i = 0; i < 2; ++i) {
+      kt::pack_band(type, cols, rows.data() + i * 16 * row_bytes, row_bytes, 16,
+                    band.get() + i * w.band_bytes);
+    }
+    weights.resize(size_t{32} * static_cast<size_t>(cols));
+    kt::dequantize_row(type, rows.data(), 32 * int64_t{cols}, weights.data());
     w.type = type;
-    w.rows = 16;
+    w.rows = 32;
     w.cols = cols;
-    w.num_bands = 1;
-    w.expert_bytes = w.band_bytes;
+    w.num_bands = 2;
+    w.expert_bytes = 2 * w.band_bytes;
     w.data = band.get();
     stride = kt::act_row_bytes(w.act, cols);
     amx_acts = allocate(stride * kRows);
     vnni_acts = allocate(stride * kRows);
     scratch = allocate(kt::multiply_scratch_bytes(cols));
     std::normal_distribution<float> normal;
-    std::vector<float> x(static_cast<size_t>(cols));
-    for (int i = 0; i < kRows; ++i) {
-      for (float& value : x) {
-        value = normal(random);
-      }
+    x.resize(size_t{kRows} * static_cast<size_t>(cols));
+    prompt_acts = allocate(stride * kRows);
+    for (float& value : x) {
+      value = normal(random);
+    }
+    const kt::MatrixKernels& amx = *kt::matrix_kernels(4);
+    for (int64_t i = 0; i < kRows; ++i) {
+      const float* row = x.data() + i * cols;
       // In two pieces, as two workers would.
       const int32_t cut = 64;
-      kt::matrix_kernels(4)->prepare(w.act, x.data(), cols, 0, cut, amx_acts.get() + i * stride);
-      kt::matrix_kernels(4)->prepare(w.act, x.data() + cut, cols, cut, cols - cut,
-                                     amx_acts.get() + i * stride);
-      kt::matrix_kernels(3)->prepare(w.act, x.data(), cols, 0, cols, vnni_acts.get() + i * stride);
+      for (const kt::ActKind kind : {w.act, kt::kActBf16}) {
+        if (kind == kt::kActBf16 && w.act != kt::kActQ8) {
+          continue;
+        }
+        uint8_t* to = (kind == w.act ? amx_acts : prompt_acts).get() + i * stride;
+        amx.prepare(kind, row, cols, 0, cut, to);
+        amx.prepare(kind, row + cut, cols, cut, cols - cut, to);
+      }
+      kt::matrix_kernels(3)->prepare(w.act, row, cols, 0, cols, vnni_acts.get() + i * stride);
     }
   }
 
@@ -91,6 +110,65 @@ struct Case {
     return out;
   }
 };
+
+// Rows [first, first + m) of the two bands, or of the second one alone.
+std::vector<float> multiply_prompt(Case& c, int first, int m, int num_bands) {
+  std::vector<float> out(size_t{kRows} * kPromptStride, -1.0f);
+  kt::matrix_kernels(4)->multiply_prompt(c.w, 0, 2 - num_bands, num_bands,
+                                         c.prompt_acts.get() + first * c.stride, c.stride, m,
+                                         out.data(), kPromptStride, c.scratch.get(), nullptr);
+  return out;
+}
+
+double prompt_error(const Case& c, const std::vector<float>& out) {
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < kRows; ++i) {
+    for (size_t r = 0; r < 32; ++r) {
+      const auto cols = static_cast<size_t>(c.w.cols);
+      double exact = 0, terms = 0;
+      for (size_t k = 0; k < cols; ++k) {
+        const double term = double{c.x[i * cols + k]} * double{c.weights[r * cols + k]};
+        exact += term;
+        terms += term * term;
+      }
+      difference += std::pow(double{out[i * kPromptStride + r]} - exact, 2);
+      size += terms;
+    }
+  }
+  return std::sqrt(difference / size);
+}
+
+int check_prompt(Case& c, const char* name) {
+  int failures = 0;
+  const auto at = [](const std::vector<float>& out, int i) {
+    return &out[size_t{kPromptStride} * static_cast<size_t>(i)];
+  };
+  const std::vector<float> all = multiply_prompt(c, 0, kRows, 2);
+  const double error = prompt_error(c, all);
+  if (!(error < kPromptError)) {
+    std::printf("%s, %d columns: prompt rows are wrong by %.1e\n", name, c.w.cols, error);
+    ++failures;
+  }
+  for (const int m : {1, 2, 15, 16, 17, 31, 32, 33, 40, 47, 48, 49, 64, 65, 70}) {
+    for (const int num_bands : {1, 2}) {
+      const int first = kRows - m;
+      const std::vector<float> out = multiply_prompt(c, first, m, num_bands);
+      for (int i = 0; i < kRows; ++i) {
+        const float* expected = at(all, first + i) + 16 * (2 - num_bands);
+        const size_t bytes = size_t{64} * static_cast<size_t>(num_bands);
+        if (i < m && std::memcmp(at(out, i), expected, bytes) != 0) {
+          std::printf("%s, %d columns: prompt row %d changes among %d\n", name, c.w.cols, i, m);
+          ++failures;
+        }
+        // Nothing beside the result is written.
+        for (int r = i < m ? 16 * num_bands : 0; r < kPromptStride; ++r) {
+          failures += at(out, i)[r] != -1.0f;
+        }
+      }
+    }
+  }
+  return failures;
+}
 
 bool agree(const std::vector<float>& a, const std::vector<float>& b, bool exact) {
   double difference = 0, size = 0;
@@ -127,6 +205,9 @@ int check(int32_t type, int32_t cols, std::mt19937& random) {
       std::printf("%s, %d columns: row %d changes in company\n", name, cols, i);
       ++failures;
     }
+  }
+  if (c.w.act == kt::kActQ8) {
+    failures += check_prompt(c, name);
   }
   return failures;
 }

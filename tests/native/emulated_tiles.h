@@ -1,6 +1,6 @@
-// emulated_tiles.h: AMX tile instructions as plain C++, so that matrix_amx.cpp can be tested on
-// CPUs without AMX. Included before it (-include); replaces the intrinsics' macros. One thread
-// only.
+// emulated_tiles.h: AMX tile and AVX512-FP16 instructions in terms of others, so that
+// matrix_amx.cpp can be tested on CPUs without them. Included before it (-include); replaces the
+// intrinsics' macros and the kernels' f16 operations. One thread only.
 #pragma once
 
 #include <immintrin.h>
@@ -47,21 +47,6 @@ inline float bf16(const uint8_t* p) {
   return value;
 }
 
-// c[m][n] += sum over k of four signed products.
-inline void dot_s8(int c, int a, int b) {
-  for (int m = 0; m < config.rows[a]; ++m) {
-    for (int n = 0; n < 16; ++n) {
-      int32_t sum;
-      std::memcpy(&sum, &tiles[c][m][4 * n], 4);
-      for (int i = 0; i < config.row_bytes[a]; ++i) {
-        sum += static_cast<int8_t>(tiles[a][m][i]) *
-               static_cast<int8_t>(tiles[b][i / 4][4 * n + i % 4]);
-      }
-      std::memcpy(&tiles[c][m][4 * n], &sum, 4);
-    }
-  }
-}
-
 // c[m][n] += (sum of even products) + (sum of odd products), each by fused multiply-adds.
 inline void dot_bf16(int c, int a, int b) {
   for (int m = 0; m < config.rows[a]; ++m) {
@@ -78,17 +63,45 @@ inline void dot_bf16(int c, int a, int b) {
   }
 }
 
+// f16 operations on 32 words by way of f32, where every f16 is exact. The sums of half_fma are
+// rounded twice, which differs from the instruction in one of some thousand results, by one unit.
+template <class Body>
+inline __m512i in_f32(Body body) {
+  const __m256i low = _mm512_cvtps_ph(body(0), 0), high = _mm512_cvtps_ph(body(1), 0);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+inline __m256i part(__m512i x, int which) {
+  return which == 0 ? _mm512_castsi512_si256(x) : _mm512_extracti64x4_epi64(x, 1);
+}
+inline __m512 f32(__m512i x, int which) { return _mm512_cvtph_ps(part(x, which)); }
+
 }  // namespace emulated
+
+#define KT_HALF_OPERATIONS
+static inline __m512i half_fma(__m512i a, __m512i b, __m512i c) {
+  using emulated::f32;
+  return emulated::in_f32([&](int i) { return _mm512_fmadd_ps(f32(a, i), f32(b, i), f32(c, i)); });
+}
+static inline __m512i half_mul(__m512i a, __m512i b) {
+  return emulated::in_f32(
+      [&](int i) { return _mm512_mul_ps(emulated::f32(a, i), emulated::f32(b, i)); });
+}
+static inline __m512i half_of_words(__m512i a) {
+  return emulated::in_f32(
+      [&](int i) { return _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(emulated::part(a, i))); });
+}
+static inline __m512i half_of_signed(__m512i a) {
+  return emulated::in_f32(
+      [&](int i) { return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(emulated::part(a, i))); });
+}
 
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
-#undef _tile_dpbssd
 #undef _tile_dpbf16ps
 #define _tile_loadconfig(from) emulated::load_config(from)
 #define _tile_release() ((void)0)
 #define _tile_zero(tile) std::memset(emulated::tiles[tile], 0, 1024)
 #define _tile_loadd(tile, base, stride) emulated::load(tile, base, stride)
 #define _tile_stored(tile, base, stride) emulated::store(tile, base, stride)
-#define _tile_dpbssd(c, a, b) emulated::dot_s8(c, a, b)
 #define _tile_dpbf16ps(c, a, b) emulated::dot_bf16(c, a, b)

@@ -46,6 +46,7 @@ class Step:
     bias: Sequence[tuple[int, float]] = ()
     history: Sequence[tuple[int, int]] = ()
     mask: npt.NDArray[np.uint32] | None = None
+    num_prompt: Sequence[int] | None = None  # per row; None: no token belongs to a prompt
 
 
 def sample_rows(count: int) -> npt.NDArray[np.void]:
@@ -116,6 +117,7 @@ def _arrays(step: Step, page_size: int) -> dict[str, npt.NDArray[np.generic]]:
         "row_start": row_start,
         "context_len": context_len,
         "page_start": page_start,
+        "num_prompt": step.num_prompt or [0] * len(step.rows),
         "bias_ids": [b[0] for b in step.bias],
         "history_ids": [h[0] for h in step.history],
         "history_counts": [h[1] for h in step.history],

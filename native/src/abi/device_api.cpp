@@ -91,14 +91,15 @@ int32_t kt_expert_set_part(const kt_expert_set* set, int32_t layer, int32_t whic
 }
 
 int32_t kt_expert_set_run(kt_expert_set* set, int32_t layer, int32_t num_tokens, const float* x,
-                          const int32_t* ids, const float* weights, float* out) {
+                          const int32_t* ids, const float* weights, float* out,
+                          const uint8_t* is_prompt) {
   return kt::guard([&] {
     kt::require_handle(set, "set");
     kt::require_handle(x, "x");
     kt::require_handle(ids, "ids");
     kt::require_handle(weights, "weights");
     kt::require_handle(out, "out");
-    set->experts.run(layer, num_tokens, x, ids, weights, out);
+    set->experts.run(layer, num_tokens, x, ids, weights, is_prompt, out);
     return KT_OK;
   });
 }

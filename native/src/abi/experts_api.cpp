@@ -69,7 +69,8 @@ void check_ids(const int32_t* ids, int64_t pairs, int32_t num_experts) {
 }
 
 void multiply(kt_pool& pool, const ExpertWeights& weights, const float* x, const int32_t* ids,
-              const float* factors, int32_t num_tokens, int32_t top_k, float* out) {
+              const float* factors, int32_t num_tokens, int32_t top_k, float* out,
+              const uint8_t* is_prompt) {
   Workers& workers = pool.workers;
   const int32_t cols = weights.gate->cols;
   const ActKind kind = weights.gate->act;
@@ -91,6 +92,7 @@ void multiply(kt_pool& pool, const ExpertWeights& weights, const float* x, const
   if (job.matrix == nullptr || job.vector == nullptr) {
     fail_unsupported("no kernels for this isa");
   }
+  job.is_prompt = prompt_flags(*job.matrix, is_prompt);
   for (int i = 0; i < 2; ++i) {
     space.tails[i].next.store(0);
   }
@@ -100,10 +102,11 @@ void multiply(kt_pool& pool, const ExpertWeights& weights, const float* x, const
     for (int64_t piece = pieces.first; piece < pieces.last; ++piece) {
       const int64_t t = piece / chunks;
       const auto first = static_cast<int32_t>(piece % chunks) * kChunk;
-      job.matrix->prepare(kind, x + t * cols + first, cols, first, std::min(kChunk, cols - first),
-                          space.x + t * stride);
+      const bool prompt = job.is_prompt != nullptr && job.is_prompt[t] != 0;
+      job.matrix->prepare(form_of(kind, prompt), x + t * cols + first, cols, first,
+                          std::min(kChunk, cols - first), space.x + t * stride);
     }
-    group_pairs(ids, factors, num_tokens, top_k, weights.gate->num_experts,
+    group_pairs(ids, factors, num_tokens, top_k, weights.gate->num_experts, job.is_prompt,
                 space.buffers.groupings[static_cast<size_t>(worker)]);
     workers.barrier();
     run_up(workers, job, space.buffers, worker);
@@ -118,7 +121,7 @@ void multiply(kt_pool& pool, const ExpertWeights& weights, const float* x, const
 extern "C" int32_t kt_experts_multiply(const kt_matrix* gate, const kt_matrix* up,
                                        const kt_matrix* down, const float* x, const int32_t* ids,
                                        const float* weights, int32_t num_tokens, int32_t top_k,
-                                       float* out) {
+                                       float* out, const uint8_t* is_prompt) {
   return kt::guard([&] {
     kt::require_handle(gate, "gate");
     kt::require_handle(up, "up");
@@ -150,7 +153,7 @@ extern "C" int32_t kt_experts_multiply(const kt_matrix* gate, const kt_matrix* u
     kt::require_handle(weights, "weights");
     kt::require_handle(out, "out");
     kt::check_ids(ids, int64_t{num_tokens} * top_k, parts[0].num_experts);
-    kt::multiply(*gate->pool, experts, x, ids, weights, num_tokens, top_k, out);
+    kt::multiply(*gate->pool, experts, x, ids, weights, num_tokens, top_k, out, is_prompt);
     return KT_OK;
   });
 }

@@ -109,6 +109,7 @@ constexpr kt_abi_field kFields[] = {
     FIELD(kt_block_layout, context_len),
     FIELD(kt_block_layout, page_start),
     FIELD(kt_block_layout, last_page_len),
+    FIELD(kt_block_layout, num_prompt),
     FIELD(kt_block_layout, samples),
     FIELD(kt_block_layout, page_ids),
     FIELD(kt_block_layout, bias_ids),

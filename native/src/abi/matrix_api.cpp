@@ -36,26 +36,40 @@ void pack_all(kt_matrix* matrix, const kt_tensor& tensor, uint8_t* data) {
   });
 }
 
-// One band into the result, whose rows are w.rows apart; the last band may be cut off.
-void multiply_into(const MatrixKernels& kernels, const Matrix& w, int32_t expert, int32_t band,
-                   const uint8_t* acts, int32_t num_rows, float* out, float* partial,
-                   void* scratch) {
-  const int64_t stride = act_row_bytes(w.act, w.cols);
-  float* to = out + int64_t{band} * kBandRows;
-  const int32_t count = w.rows - band * kBandRows;
-  // The band after a worker's last one is read for nothing, which a product can afford.
-  const uint8_t* next = band + 1 < w.num_bands ? band_at(w, expert, band + 1) : nullptr;
-  if (count >= kBandRows) {
-    kernels.multiply_band(w, expert, band, acts, stride, nullptr, num_rows, to, w.rows, scratch,
-                          next);
-    return;
+// Prepared rows, times one or two bands, into the result, whose rows are w.rows apart; the last
+// band may be cut off.
+struct Product {
+  const MatrixKernels& kernels;
+  const Matrix& w;
+  int32_t expert;
+  const uint8_t* acts;
+  int64_t stride;
+  bool is_prompt;
+  float* out;
+  float* partial;  // [num_rows, 2 * kBandRows], for the worker that has the last band
+
+  void bands(int32_t band, int32_t num_bands, int32_t first, int32_t m, void* scratch) const {
+    float* to = out + int64_t{first} * w.rows + int64_t{band} * kBandRows;
+    const int32_t columns = std::min(num_bands * kBandRows, w.rows - band * kBandRows);
+    const bool direct = columns == num_bands * kBandRows;
+    float* sums = direct ? to : partial;
+    const int64_t sums_stride = direct ? w.rows : 2 * kBandRows;
+    const uint8_t* x = acts + first * stride;
+    // What comes after a worker's last band is read for nothing, which a product can afford.
+    const int32_t then = band + num_bands;
+    const uint8_t* next = then + num_bands <= w.num_bands ? band_at(w, expert, then) : nullptr;
+    if (is_prompt) {
+      kernels.multiply_prompt(w, expert, band, num_bands, x, stride, m, sums, sums_stride, scratch,
+                              next);
+    } else {
+      kernels.multiply_band(w, expert, band, x, stride, nullptr, m, sums, sums_stride, scratch,
+                            next);
+    }
+    for (int64_t i = 0; i < m && !direct; ++i) {
+      std::memcpy(to + i * w.rows, sums + i * sums_stride, static_cast<size_t>(columns) * 4);
+    }
   }
-  kernels.multiply_band(w, expert, band, acts, stride, nullptr, num_rows, partial, kBandRows,
-                        scratch, next);
-  for (int64_t i = 0; i < num_rows; ++i) {
-    std::memcpy(to + i * w.rows, partial + i * kBandRows, static_cast<size_t>(count) * 4);
-  }
-}
+};
 
 // 64-byte aligned memory for one call; not an Arena, whose fresh pages would cost more than the
 // work.
@@ -77,29 +91,36 @@ class Buffer {
   uint8_t* data_;
 };
 
-void multiply(const kt_matrix& matrix, int32_t expert, const float* x, int32_t num_rows,
-              float* out) {
+void multiply(const kt_matrix& matrix, int32_t expert, const float* x, int32_t num_rows, float* out,
+              bool is_prompt) {
   const Matrix& w = matrix.view;
   Workers& workers = matrix.pool->workers;
   const MatrixKernels& kernels = *matrix_kernels(workers.isa());
-  const int64_t stride = act_row_bytes(w.act, w.cols);
+  is_prompt = is_prompt && w.act == kActQ8 && kernels.multiply_prompt != nullptr;
+  const ActKind form = form_of(w.act, is_prompt);
+  const int64_t stride = act_row_bytes(form, w.cols);
   const int64_t scratch_bytes = (multiply_scratch_bytes(w.cols) + 63) / 64 * 64;
   const Buffer act_memory(stride * num_rows);
   const Buffer scratch_memory(scratch_bytes * workers.num_threads());
-  const Buffer partial_memory(int64_t{kBandRows} * num_rows * 4);
-  uint8_t* acts = act_memory.get();
-  uint8_t* scratch = scratch_memory.get();
-  auto* partial = reinterpret_cast<float*>(partial_memory.get());
+  const Buffer partial_memory(int64_t{2 * kBandRows} * num_rows * 4);
+  const Product product = {
+      kernels, w,         expert, act_memory.get(),
+      stride,  is_prompt, out,    reinterpret_cast<float*>(partial_memory.get())};
+  const int32_t step = is_prompt ? 2 : 1, block = is_prompt ? kPromptRows : num_rows;
   workers.for_each([&](int32_t worker) {
     const Range rows = split(num_rows, worker, workers.num_threads());
     for (int64_t i = rows.first; i < rows.last; ++i) {
-      kernels.prepare(w.act, x + i * w.cols, w.cols, 0, w.cols, acts + i * stride);
+      kernels.prepare(form, x + i * w.cols, w.cols, 0, w.cols, act_memory.get() + i * stride);
     }
     workers.barrier();
-    const Range bands = split(w.num_bands, worker, workers.num_threads());
-    for (int64_t band = bands.first; band < bands.last; ++band) {
-      multiply_into(kernels, w, expert, static_cast<int32_t>(band), acts, num_rows, out, partial,
-                    scratch + worker * scratch_bytes);
+    uint8_t* scratch = scratch_memory.get() + worker * scratch_bytes;
+    const Range units = split((w.num_bands + step - 1) / step, worker, workers.num_threads());
+    for (int32_t first = 0; first < num_rows; first += block) {
+      for (int64_t unit = units.first; unit < units.last; ++unit) {
+        const auto band = static_cast<int32_t>(unit) * step;
+        product.bands(band, std::min(step, w.num_bands - band), first,
+                      std::min(block, num_rows - first), scratch);
+      }
     }
   });
 }
@@ -209,7 +230,7 @@ int32_t kt_matrix_unpack(const kt_matrix* matrix, void* dst, int64_t capacity) {
 }
 
 int32_t kt_matrix_multiply(const kt_matrix* matrix, int32_t expert, const float* x,
-                           int32_t num_rows, float* out) {
+                           int32_t num_rows, float* out, int32_t is_prompt) {
   return kt::guard([&] {
     kt::require_handle(matrix, "matrix");
     const kt::Matrix& w = matrix->view;
@@ -220,12 +241,15 @@ int32_t kt_matrix_multiply(const kt_matrix* matrix, int32_t expert, const float*
     if (num_rows < 0) {
       kt::fail_argument("num_rows is " + std::to_string(num_rows));
     }
+    if (is_prompt < 0 || is_prompt > 1) {
+      kt::fail_argument("is_prompt is " + std::to_string(is_prompt) + ", allowed is 0 or 1");
+    }
     if (num_rows == 0) {
       return KT_OK;
     }
     kt::require_handle(x, "x");
     kt::require_handle(out, "out");
-    kt::multiply(*matrix, expert, x, num_rows, out);
+    kt::multiply(*matrix, expert, x, num_rows, out, is_prompt != 0);
     return KT_OK;
   });
 }

@@ -142,7 +142,8 @@ void Handoff::serve(kt_gpu_step& step) {
         step.asked_ns[layer] = begin;
       }
       if (experts_ != nullptr) {
-        experts_->run(layer, step.num_tokens, config_.x, config_.ids, config_.weights, config_.out);
+        experts_->run(layer, step.num_tokens, config_.x, config_.ids, config_.weights, nullptr,
+                      config_.out);
         step.expert_ns += now_ns() - begin;
       }
       flag(config_.done, layer).store(1, std::memory_order_release);

@@ -82,7 +82,7 @@ void ExpertSet::check_ids(const Layer& layer, int32_t num_tokens, const int32_t*
 }
 
 void ExpertSet::run(int32_t layer, int32_t num_tokens, const float* x, const int32_t* ids,
-                    const float* weights, float* out) {
+                    const float* weights, const uint8_t* is_prompt, float* out) {
   if (!finished_) {
     fail_state("the expert set is not finished");
   }
@@ -110,6 +110,7 @@ void ExpertSet::run(int32_t layer, int32_t num_tokens, const float* x, const int
   job.matrix = matrix_kernels(workers_.isa());
   job.vector = vector_kernels(workers_.isa());
   job.tails = tails_;
+  job.is_prompt = prompt_flags(*job.matrix, is_prompt);
   const int32_t cols = l.gate.cols, threads = workers_.num_threads();
   // Pieces of rows, so that one row alone is also prepared by several workers.
   const int64_t blocks = (cols + 31) / 32;
@@ -121,12 +122,13 @@ void ExpertSet::run(int32_t layer, int32_t num_tokens, const float* x, const int
       const auto column = static_cast<int32_t>(first * 32);
       const auto columns = static_cast<int32_t>(std::min<int64_t>(count * 32, cols - column));
       if (used_[row] != 0) {
-        job.matrix->prepare(l.gate.act, x + row * cols + column, cols, column, columns,
-                            acts_ + row * job.x_stride);
+        const bool prompt = job.is_prompt != nullptr && job.is_prompt[row] != 0;
+        job.matrix->prepare(form_of(l.gate.act, prompt), x + row * cols + column, cols, column,
+                            columns, acts_ + row * job.x_stride);
       }
       at += count;
     }
-    group_pairs(ids, weights, num_tokens, top_k_, l.gate.num_experts,
+    group_pairs(ids, weights, num_tokens, top_k_, l.gate.num_experts, job.is_prompt,
                 buffers_.groupings[static_cast<size_t>(worker)]);
     workers_.barrier();
     run_up(workers_, job, buffers_, worker);

@@ -25,7 +25,7 @@ class ExpertSet {
 
   // [engine] See kt_expert_set_run. One pool job: prepare, barrier, up, barrier, down.
   void run(int32_t layer, int32_t num_tokens, const float* x, const int32_t* ids,
-           const float* weights, float* out);
+           const float* weights, const uint8_t* is_prompt, float* out);
 
  private:
   struct Layer {

@@ -8,6 +8,8 @@
 //  prepared form. Barrier. Phase 2 (run_down): a task is one band of output rows. Its owner walks
 //  the experts in id order and adds weight * down to the output, so a token's result never depends
 //  on the other tokens of the step, and nothing is added atomically.
+//  Prompt tokens: an expert's pairs of prompt tokens come before its other pairs. Where the kernels
+//  have multiply_prompt, they are multiplied by it, from rows copied next to each other.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +25,8 @@ namespace kt {
 // Rows handled per kernel call: bounds the temporaries; the band is then still in L1/L2.
 inline constexpr int32_t kRowBlock = 64;
 inline constexpr int32_t kUnitRows = 2 * kBandRows;
+// Prepared prompt rows that are copied together at a time: half of a core's L2 cache.
+inline constexpr int64_t kGatherBytes = 1 << 20;
 
 struct ExpertWeights {
   const Weight* gate = nullptr;
@@ -36,6 +40,7 @@ void check_expert_weights(const ExpertWeights& weights, const char* op);
 // Sorted pairs, private to one worker.
 struct Grouping {
   int32_t* start = nullptr;   // [E + 1] pairs of expert e: start[e] .. start[e + 1]
+  int32_t* prompt = nullptr;  // [E] how many of them, the first ones, belong to prompt tokens
   int32_t* tokens = nullptr;  // [T * K]
   float* weights = nullptr;   // [T * K]
   int32_t* active = nullptr;  // [E] experts with pairs, ascending
@@ -48,7 +53,8 @@ struct ExpertBuffers {
   int32_t max_experts = 0;
   uint8_t* mid = nullptr;           // prepared intermediate rows [max_pairs]
   std::vector<Grouping> groupings;  // per worker
-  std::vector<float*> temps;        // per worker: 2 * kRowBlock * kUnitRows floats
+  std::vector<float*> temps;        // per worker: 2 * kPromptRows * kUnitRows floats
+  std::vector<uint8_t*> rows;       // per worker: prompt rows of one expert, kGatherBytes
   std::vector<uint8_t*> scratch;    // per worker: multiply_scratch_bytes
 };
 
@@ -63,16 +69,22 @@ struct ExpertJob {
   int64_t residual_stride = 0;
   float* out = nullptr;  // [T, H]
   int64_t out_stride = 0;
-  const uint8_t* used = nullptr;  // [T] 0 = the row has no pair and is left alone; or nullptr
+  const uint8_t* used = nullptr;       // [T] 0 = the row has no pair and is left alone; or nullptr
+  const uint8_t* is_prompt = nullptr;  // [T] 1 = prepared for multiply_prompt; nullptr = none is
   int32_t num_tokens = 0;
   const MatrixKernels* matrix = nullptr;
   const VectorKernels* vector = nullptr;
   TailCounter* tails = nullptr;  // [2 * parts]: phase 1, then phase 2
 };
 
-// ids, weights: [T, K]; pairs with a negative id are left out.
+// is_prompt, or nullptr where the kernels multiply all tokens alike.
+inline const uint8_t* prompt_flags(const MatrixKernels& kernels, const uint8_t* is_prompt) {
+  return kernels.multiply_prompt == nullptr ? nullptr : is_prompt;
+}
+
+// ids, weights: [T, K]; pairs with a negative id are left out. is_prompt: [T] or nullptr.
 void group_pairs(const int32_t* ids, const float* weights, int32_t num_tokens, int32_t top_k,
-                 int32_t num_experts, Grouping& grouping);
+                 int32_t num_experts, const uint8_t* is_prompt, Grouping& grouping);
 void run_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker);
 void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker);
 

@@ -76,7 +76,9 @@ uint32_t detect() {
     return mask;
   }
   mask |= 1u << KT_ISA_AVX512VNNI;
-  const bool amx = covers(state, kTile) && bit(more.d, 22) && bit(more.d, 24) && bit(more.d, 25);
+  // Tile, int8 and bf16; AVX512-FP16 and VBMI decode the weights (every CPU with AMX has them).
+  const bool amx = covers(state, kTile) && bit(more.d, 22) && bit(more.d, 24) && bit(more.d, 25) &&
+                   bit(more.d, 23) && bit(more.c, 1);
   if (amx && request_amx()) {
     mask |= 1u << KT_ISA_AMX;
   }

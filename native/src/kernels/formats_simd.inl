@@ -302,32 +302,26 @@ struct FromMemory : T {
   V::F min(int i) const { return V::load_f(mins + i * 16); }
 };
 
-// Takes the offset out again where signed lines are wanted (tiles).
-template <class Format, bool kSigned>
 inline void store_pair(uint8_t* lines, V::I lo, V::I hi) {
-  if constexpr (kSigned && Format::kOffset != 0) {
-    lo = V::sub8(lo, V::set8(Format::kOffset));
-    hi = V::sub8(hi, V::set8(Format::kOffset));
-  }
   V::store(lines, lo);
   V::store(lines + 64, hi);
 }
 
-template <class Format, bool kSigned>
+template <class Format>
 void decode_pairs(const Format& format, int b, uint8_t* lines) {
   V::I lo, hi;
   format.template pair<0>(b, &lo, &hi);
-  store_pair<Format, kSigned>(lines, lo, hi);
+  store_pair(lines, lo, hi);
   format.template pair<1>(b, &lo, &hi);
-  store_pair<Format, kSigned>(lines + 128, lo, hi);
+  store_pair(lines + 128, lo, hi);
   format.template pair<2>(b, &lo, &hi);
-  store_pair<Format, kSigned>(lines + 256, lo, hi);
+  store_pair(lines + 256, lo, hi);
   format.template pair<3>(b, &lo, &hi);
-  store_pair<Format, kSigned>(lines + 384, lo, hi);
+  store_pair(lines + 384, lo, hi);
 }
 
 // ahead: what to prefetch meanwhile, as many bytes as the tile has; or nullptr.
-template <class Format, bool kSigned>
+template <class Format>
 void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedTile* tile,
                       const uint8_t* ahead) {
   for (int half = 0; half < 16 / V::kRows; ++half) {
@@ -337,7 +331,7 @@ void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedT
       if (half == 0 && ahead != nullptr) {
         prefetch<(Format::kStep + 63) / 64>(ahead + b * Format::kStep);
       }
-      decode_pairs<Format, kSigned>(format, b, &tile->lines[8 * b][0] + half * 32);
+      decode_pairs<Format>(format, b, &tile->lines[8 * b][0] + half * 32);
       for (int i = b * kPerBlock; i < (b + 1) * kPerBlock; ++i) {
         V::store_f(&tile->scale[i][half * 8], format.scale(i));
         if constexpr (Format::kMin) {

@@ -19,8 +19,9 @@ inline constexpr int kBandRows = 16;
 
 // How the inputs of a matrix are represented while they are multiplied.
 enum ActKind : int32_t {
-  kActF32 = 0,  // as they are: F32, F16, BF16 weights and the generic path
-  kActQ8 = 1,   // int8 with one f32 scale per 32 columns, plus the sums the k-quants need
+  kActF32 = 0,   // as they are: F32, F16, BF16 weights and the generic path
+  kActQ8 = 1,    // int8 with one f32 scale per 32 columns, plus the sums the k-quants need
+  kActBf16 = 2,  // bf16, scaled and permuted for multiply_prompt; fits where a kActQ8 row does
 };
 
 // Packed weights of one tensor. Owned by whoever packed them; immutable afterwards.
@@ -61,11 +62,27 @@ struct MatrixKernels {
   void (*multiply_band)(const Matrix& w, int32_t expert, int32_t band, const uint8_t* acts,
                         int64_t act_stride, const int32_t* rows, int32_t m, float* out,
                         int64_t out_stride, void* scratch, const uint8_t* next);
+  // Many rows at bf16 precision: prompt tokens; nullptr where multiply_band serves them as well.
+  // For matrices whose act is kActQ8, rows prepared as kActBf16, one after another. num_bands 1 or
+  // 2: out[i * out_stride + r], r < 16 * num_bands; next: the first one of the bands that this
+  // thread multiplies next, or nullptr. Equal bits alone and in company here too, but others than
+  // multiply_band's: a token is multiplied in one way for as long as its state lives.
+  void (*multiply_prompt)(const Matrix& w, int32_t expert, int32_t band, int32_t num_bands,
+                          const uint8_t* acts, int64_t act_stride, int32_t m, float* out,
+                          int64_t out_stride, void* scratch, const uint8_t* next);
   // Runs `rounds` rounds of independent multiply-adds in registers, with the widest integer
   // (kind 0), bf16 (1) or f32 (2) instruction; returns how many multiply-adds that were, 0 when the
   // ISA has no such instruction. For kt_bench_peak.
   int64_t (*peak)(int32_t kind, int64_t rounds);
 };
+
+// Rows of one multiply_prompt: their prepared form then stays in the L2 cache while bands go by.
+inline constexpr int32_t kPromptRows = 256;
+
+// The form in which a token's row of `kind` is prepared.
+inline ActKind form_of(ActKind kind, bool is_prompt) {
+  return is_prompt && kind == kActQ8 ? kActBf16 : kind;
+}
 
 // nullptr when this build lacks the ISA. Whether the CPU allows it is host/features.h's business.
 const MatrixKernels* matrix_kernels(int32_t isa);

@@ -9,7 +9,6 @@
 #include "kernels/layout.h"
 
 #define KT_HAS_BF16 0
-#define KT_HAS_AMX 0
 
 namespace kt {
 namespace {
@@ -147,7 +146,7 @@ struct V {
 
 #include "kernels/matrix_simd.inl"
 
-constexpr MatrixKernels kKernels = {1, prepare, multiply_band, peak};
+constexpr MatrixKernels kKernels = {1, prepare, multiply_band, nullptr, peak};
 
 }  // namespace
 

@@ -10,7 +10,6 @@
 
 #define KT_HAS_VNNI 0
 #define KT_HAS_BF16 0
-#define KT_HAS_AMX 0
 
 namespace kt {
 namespace {
@@ -19,7 +18,7 @@ namespace {
 // The algorithm needs V.
 #include "kernels/matrix_simd.inl"
 
-constexpr MatrixKernels kKernels = {2, prepare, multiply_band, peak};
+constexpr MatrixKernels kKernels = {2, prepare, multiply_band, nullptr, peak};
 
 }  // namespace
 

@@ -195,7 +195,7 @@ int64_t peak(int32_t kind, int64_t rounds) {
   return 8 * rounds;
 }
 
-constexpr MatrixKernels kKernels = {0, prepare, multiply_band, peak};
+constexpr MatrixKernels kKernels = {0, prepare, multiply_band, nullptr, peak};
 
 }  // namespace
 

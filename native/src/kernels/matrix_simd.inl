@@ -195,50 +195,8 @@ inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int
 
 // ---- one band ----
 
-struct BandJob {
-  const Matrix* w;
-  const uint8_t* band;
-  const uint8_t* acts;
-  int64_t act_stride;
-  const int32_t* rows;
-  int32_t m;
-  float* out;
-  int64_t out_stride;
-  void* scratch;
-  const uint8_t* next;
+#include "kernels/band_job.inl"
 
-  const uint8_t* act(int32_t i) const {
-    return acts + (rows != nullptr ? rows[i] : i) * act_stride;
-  }
-  int32_t num_tiles() const { return (w->cols + kTileCols - 1) / kTileCols; }
-  int32_t tile_blocks(int32_t tile) const {
-    const int32_t left = (w->cols - tile * kTileCols) / 32;
-    return left < 8 ? left : 8;
-  }
-  // What to ask for while a tile of `step` bytes is used: one kAhead bytes later in this band, or
-  // as far into the next one; nullptr: nothing. A band's header is taken for a part of its tiles.
-  const uint8_t* ahead(int32_t tile, int64_t step) const {
-    const auto distance = static_cast<int32_t>((kAhead + step / 2) / step);
-    const int32_t later = tile + (distance < num_tiles() ? distance : num_tiles());
-    if (later < num_tiles()) {
-      return band + later * step;
-    }
-    return next == nullptr ? nullptr : next + (later - num_tiles()) * step;
-  }
-};
-
-// Rows [first, first + count) of the job, count <= M: spare lanes repeat the last row.
-template <int M>
-inline void gather_rows(const BandJob& job, int32_t first, int32_t count, const uint8_t** x) {
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
-    x[i] = job.act(first + (i < count ? i : count - 1));
-  }
-}
-
-#if KT_HAS_AMX
-#include "kernels/tiles_amx.inl"
-#else
 template <class Format, int M>
 __attribute__((noinline)) void few_rows(const BandJob& job) {
   const ActLayout at = act_layout(job.w->cols);
@@ -347,34 +305,30 @@ bool multiply_few(const BandJob& job) {
   }
   return false;
 }
-#endif
 
 template <class Format, class T>
 void multiply_format(const BandJob& job) {
-#if !KT_HAS_AMX  // there few rows go to the AVX-512 VNNI kernels
   if (multiply_few<Format>(job)) {
     return;
   }
-#endif
   auto* decoded = static_cast<DecodedTile*>(job.scratch);
   const int64_t step = tile_bytes(job.w->type);
   const uint8_t* tiles = job.band + band_header(job.w->type, job.w->cols);
   for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
-    decode_to_memory<Format, KT_HAS_AMX != 0>(tiles + tile * step, job.band + tile * 32,
-                                              job.tile_blocks(tile), decoded,
-                                              job.ahead(tile, step));
+    decode_to_memory<Format>(tiles + tile * step, job.band + tile * 32, job.tile_blocks(tile),
+                             decoded, job.ahead(tile, step));
     add_decoded_rows<T>(job, *decoded, tile);
   }
 }
 
-// Types kept as GGUF bytes: decode_block, then lines of (value + 128), signed ones for tiles.
+// Types kept as GGUF bytes: decode_block, then lines of (value + 128).
 void multiply_gguf(const BandJob& job) {
   const TypeTraits* traits = type_traits(job.w->type);
   auto* decoded = static_cast<DecodedTile*>(job.scratch);
   auto* block = reinterpret_cast<DecodedBlock*>(decoded + 1);
   const int64_t row_bytes =
       static_cast<int64_t>(job.w->cols) / traits->block_size * traits->block_bytes;
-  constexpr uint32_t kFlip = V::kDotU8 && KT_HAS_AMX == 0 ? 0x80808080u : 0u;
+  constexpr uint32_t kFlip = V::kDotU8 ? 0x80808080u : 0u;
   for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
     for (int32_t r = 0; r < kBandRows; ++r) {
       decode_block(job.w->type, job.band + r * row_bytes + tile * traits->block_bytes, block);
@@ -393,7 +347,6 @@ void multiply_gguf(const BandJob& job) {
   }
 }
 
-#if !KT_HAS_AMX
 // ---- F32, F16, BF16 ----
 // Two chains of fused multiply-adds, even and odd columns, added at the end.
 
@@ -505,21 +458,15 @@ void multiply_float(const BandJob& job) {
     first += count;
   }
 }
-#endif
 
 void multiply_job(const BandJob& job) {
   switch (job.w->type) {
-#if KT_HAS_AMX
-    case kBF16:
-      return multiply_bf16(job);
-#else
     case kF32:
       return multiply_float<PairsF32>(job);
     case kF16:
       return multiply_float<PairsF16>(job);
     case kBF16:
       return multiply_float<PairsBF16>(job);
-#endif
     case kQ4_0:
       return multiply_format<Q4_0, Offset4>(job);
     case kQ4_1:
@@ -577,7 +524,6 @@ int64_t chains(int64_t rounds, Register start, Register operand, Step step) {
   return rounds * kChains;
 }
 
-#if !KT_HAS_AMX  // tiles have their own
 int64_t peak(int32_t kind, int64_t rounds) {
   if (kind == 0) {
     return 4 * V::kRows * chains(rounds, V::zero_i(), V::set8(3), [](V::I sum, V::I x) {
@@ -602,4 +548,3 @@ int64_t peak(int32_t kind, int64_t rounds) {
   return V::kRows * chains(rounds, V::zero(), V::set_f(0.5f),
                            [](V::F sum, V::F x) { return V::fma(x, x, sum); });
 }
-#endif

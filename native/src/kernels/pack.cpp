@@ -263,12 +263,15 @@ void move_row(int32_t type, int32_t cols, uint8_t* src, uint8_t* band, int32_t r
 bool has_tiles(int32_t type) { return tile_bytes(type) != 0; }
 
 int64_t act_row_bytes(ActKind kind, int32_t cols) {
-  return odd_lines(kind == kActQ8 ? act_layout(cols).end
-                                  : float_row_bytes(cols) + 2 * bf16_plane_bytes(cols));
+  if (kind == kActF32) {
+    return odd_lines(float_row_bytes(cols) + 2 * bf16_plane_bytes(cols));
+  }
+  const int64_t bf16 = 2 * align_up(cols, 32), q8 = act_layout(cols).end;
+  return odd_lines(kind == kActQ8 && q8 > bf16 ? q8 : bf16);
 }
 
 int64_t multiply_scratch_bytes(int32_t cols) {
-  // One row as f32 (scalar), or a decoded tile and what AMX keeps of 16 activation rows.
+  // One row as f32 (scalar), or decoded tiles (two bands of 256 bf16 columns are 16 KiB).
   const int64_t row = float_row_bytes(cols);
   return row < 32768 ? 32768 : row;
 }

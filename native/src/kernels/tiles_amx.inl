@@ -1,10 +1,9 @@
-// tiles_amx.inl: products of many rows in AMX tiles. Included by matrix_simd.inl for the AMX file.
+// tiles_amx.inl: tile configuration, BF16 weights in tiles, and the peak rate. Included by
+// matrix_amx.cpp.
 //
-// A tile C of 16 activation rows x 16 output rows takes one step of columns at a time:
-//   C[row][r] += sum over the step of A[row][k] * B[k][r]
-// B is R16 as it lies in memory: 64-byte lines of 16 output rows x 4 (int8) or 2 (bf16) columns.
-// int8 steps are as wide as a scale (32 or 16 columns), so that C is the exact integer that the
-// AVX-512 VNNI kernel computes, and is scaled by the same f32 operations: equal bits.
+// A tile C of 16 activation rows x 16 output rows takes 32 columns at a time:
+//   C[row][r] += sum over the columns of A[row][k] * B[k][r]
+// B is R16 as it lies in memory: 64-byte lines of 16 output rows x 2 columns.
 
 // Tile instructions read memory behind the compiler's back (gcc's intrinsics declare none of it, or
 // eight bytes): everything stored at p and elsewhere must be in memory before them.
@@ -18,180 +17,17 @@ struct alignas(64) TileConfig {
   uint8_t rows[16];
 };
 
-// Tiles 0-3 are C, 4-5 A (a_rows x a_bytes), 6-7 B (b_rows lines).
-inline void configure_tiles(int a_rows, int a_bytes, int b_rows) {
+// Tiles 0 .. count - 1 (sums and activations) have `rows` rows, the others (weights) 16; 64 bytes
+// each.
+inline void configure_tiles(int rows, int count) {
   TileConfig config = {};
   config.palette = 1;
   for (int i = 0; i < 8; ++i) {
-    config.rows[i] = static_cast<uint8_t>(i < 6 ? a_rows : b_rows);
-    config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? a_bytes : 64);
+    config.rows[i] = static_cast<uint8_t>(i < count ? rows : 16);
+    config.row_bytes[i] = 64;
   }
   finish_stores(&config);
   _tile_loadconfig(&config);
-}
-
-// Everything about up to 16 activation rows that one 256-column tile needs.
-struct alignas(64) RowGroup {
-  int8_t copy[16][256];  // rows gathered from arbitrary places; tile loads need one stride
-  // Two batches of two steps: one in the tiles' hands, one being scaled. Together 4 KiB: more would
-  // make stores of one batch look like (4 KiB aliases of) the loads of the other.
-  int32_t sums[2][2][16][16];
-  float scale[16][8];
-  float sum[16][8];
-  float sum16[16][16];
-};
-
-// Copies kBytes * nb bytes; full tiles, nearly all, without a call.
-template <int kBytes>
-inline void copy_blocks(void* to, const uint8_t* from, int nb) {
-  if (nb == 8) {
-    __builtin_memcpy(to, from, 8 * kBytes);
-  } else {
-    __builtin_memcpy(to, from, static_cast<size_t>(kBytes * nb));
-  }
-}
-
-// Address and stride of the int8 columns of 16 rows; x[i] points at the rows' prepared forms.
-inline const int8_t* gather_columns(const uint8_t* const* x, int32_t tile, int nb, RowGroup* group,
-                                    int64_t* stride) {
-  *stride = x[1] - x[0];
-  bool regular = *stride != 0;
-  for (int i = 2; i < 16; ++i) {
-    regular = regular && x[i] - x[i - 1] == *stride;
-  }
-  if (regular) {
-    return reinterpret_cast<const int8_t*>(x[0]) + kTileCols * tile;
-  }
-  for (int i = 0; i < 16; ++i) {
-    copy_blocks<32>(group->copy[i], x[i] + kTileCols * tile, nb);
-  }
-  *stride = 256;
-  return group->copy[0];
-}
-
-// Integer sums of one or two steps from `step` on.
-template <int kCols>
-inline void multiply_steps(const int8_t* a, int64_t stride, const uint8_t* lines, int step,
-                           int count, int32_t (*sums)[16][16]) {
-  a += step * kCols;
-  lines += step * kCols * 16;
-  const auto row_stride = static_cast<size_t>(stride);
-  _tile_zero(0);
-  _tile_loadd(4, a, row_stride);
-  _tile_loadd(6, lines, 64);
-  _tile_dpbssd(0, 4, 6);
-  _tile_stored(0, sums[0], 64);
-  if (count > 1) {
-    _tile_zero(1);
-    _tile_loadd(5, a + kCols, row_stride);
-    _tile_loadd(7, lines + 16 * kCols, 64);
-    _tile_dpbssd(1, 5, 7);
-    _tile_stored(1, sums[1], 64);
-  }
-}
-
-// Scales the sums of block b (in sums[unit] and, for 16-column scales, unit + 1).
-template <class T>
-inline __attribute__((always_inline)) void add_sums(const DecodedTile& w, const RowGroup& group,
-                                                    const int32_t (*sums)[16][16], int b, int unit,
-                                                    V::F* total) {
-  if constexpr (T::kGroup16) {
-    const V::F scale0 = V::load_f(w.scale[2 * b]), scale1 = V::load_f(w.scale[2 * b + 1]);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      V::F part = V::mul(V::to_float(V::load_i(sums[unit][i])), scale0);
-      part = V::fma(V::to_float(V::load_i(sums[unit + 1][i])), scale1, part);
-      total[i] = V::fma(part, V::set_f(group.scale[i][b]), total[i]);
-    }
-    if constexpr (T::kMin) {
-      const V::F min0 = V::load_f(w.min[2 * b]), min1 = V::load_f(w.min[2 * b + 1]);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        total[i] = V::fnma(min0, V::set_f(group.sum16[i][2 * b]), total[i]);
-        total[i] = V::fnma(min1, V::set_f(group.sum16[i][2 * b + 1]), total[i]);
-      }
-    }
-  } else {
-    const V::F scale = V::load_f(w.scale[b]);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      total[i] = V::fma(V::to_float(V::load_i(sums[unit][i])),
-                        V::mul(scale, V::set_f(group.scale[i][b])), total[i]);
-    }
-    if constexpr (T::kMin) {
-      const V::F min = V::load_f(w.min[b]);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        total[i] = V::fnma(min, V::set_f(group.sum[i][b]), total[i]);
-      }
-    }
-  }
-}
-
-// Adds one decoded (signed) tile to rows [first, first + count), count <= 16.
-template <class T>
-__attribute__((noinline)) void add_decoded_16(const BandJob& job, const DecodedTile& decoded,
-                                              int32_t tile, int32_t first, int32_t count,
-                                              RowGroup* group) {
-  constexpr int kCols = T::kGroup16 ? 16 : 32;
-  constexpr int kUnits = 32 / kCols;  // steps per block
-  const ActLayout at = act_layout(job.w->cols);
-  const int nb = job.tile_blocks(tile);
-  const uint8_t* x[16];
-  gather_rows<16>(job, first, count, x);
-  int64_t stride;
-  const int8_t* a = gather_columns(x, tile, nb, group, &stride);
-  for (int i = 0; i < 16; ++i) {
-    copy_blocks<4>(group->scale[i], x[i] + at.scale + 32 * tile, nb);
-    if constexpr (T::kMin && T::kGroup16) {
-      copy_blocks<8>(group->sum16[i], x[i] + at.sum16 + 64 * tile, nb);
-    } else if constexpr (T::kMin) {
-      copy_blocks<4>(group->sum[i], x[i] + at.sum + 32 * tile, nb);
-    }
-  }
-  finish_stores(group);
-  float* out = job.out + first * job.out_stride;
-  V::F total[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    total[i] = tile == 0 || i >= count ? V::zero() : V::load_f(out + i * job.out_stride);
-  }
-  // The tiles work on one batch of steps while the vector units scale the one before: reading a
-  // tile's sums right behind its store would wait for the whole chain of load, dot and store.
-  const int num_steps = kUnits * nb;
-  const auto multiply_batch = [&](int step) {
-    const int left = num_steps - step;
-    multiply_steps<kCols>(a, stride, &decoded.lines[0][0], step, left < 2 ? left : 2,
-                          group->sums[step / 2 % 2]);
-  };
-  multiply_batch(0);
-  for (int step = 0; step < num_steps; step += 2) {
-    if (step + 2 < num_steps) {
-      multiply_batch(step + 2);
-    }
-    for (int unit = 0; unit < 2 && step + unit < num_steps; unit += kUnits) {
-      add_sums<T>(decoded, *group, group->sums[step / 2 % 2], (step + unit) / kUnits, unit, total);
-    }
-  }
-  for (int i = 0; i < count; ++i) {
-    V::store_f(out + i * job.out_stride, total[i]);
-  }
-}
-
-template <class T>
-void add_decoded_rows(const BandJob& job, const DecodedTile& decoded, int32_t tile) {
-  if (tile == 0) {
-    configure_tiles(16, T::kGroup16 ? 16 : 32, T::kGroup16 ? 4 : 8);
-  }
-  // Behind the decoded tile and the block that multiply_gguf decodes into.
-  auto* group = reinterpret_cast<RowGroup*>(static_cast<uint8_t*>(job.scratch) + 8192);
-  for (int32_t first = 0; first < job.m; first += 16) {
-    const int32_t left = job.m - first;
-    add_decoded_16<T>(job, decoded, tile, first, left < 16 ? left : 16, group);
-  }
-  if (tile == job.num_tiles() - 1) {
-    _tile_release();
-  }
 }
 
 // ---- BF16 weights ----
@@ -358,7 +194,7 @@ void multiply_bf16(const BandJob& job) {
     const int32_t left = job.m - first;
     const int32_t count = left < 16 ? left : 16;
     if (count != configured) {
-      configure_tiles(count, 64, 16);
+      configure_tiles(count, 6);
       configured = count;
     }
     if (left >= 64) {
@@ -387,7 +223,7 @@ int64_t peak(int32_t kind, int64_t rounds) {
     return 0;
   }
   alignas(64) uint8_t zeros[1024] = {};
-  configure_tiles(16, 64, 16);
+  configure_tiles(16, 6);
   finish_stores(zeros);
   _tile_loadd(4, zeros, 64);
   _tile_loadd(5, zeros, 64);

@@ -43,10 +43,10 @@ struct VectorKernels {
   void (*silu_mul)(const float* gate, const float* up, int32_t n, float* out);
   // out = a + scale * b. out may be a or b.
   void (*add_scaled)(const float* a, float scale, const float* b, int32_t n, float* out);
-  // One band's sums into many rows: to + rows[i] * stride gets factors[i] * sums[i * 16 + c], c <
-  // n.
+  // One band's sums into many rows: to + rows[i] * stride gets factors[i] * sums[i * sums_stride +
+  // c], c < n <= 16.
   void (*add_band)(float* to, int64_t stride, const int32_t* rows, const float* factors,
-                   const float* sums, int32_t m, int32_t n);
+                   const float* sums, int64_t sums_stride, int32_t m, int32_t n);
   // x = x * scale
   void (*scale)(float* x, float scale, int32_t n);
   // In place over the first 2 * half values: pairs (i, i + half) when neox, else (2i, 2i + 1).

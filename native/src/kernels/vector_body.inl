@@ -87,11 +87,11 @@ static void add_scaled(const float* a, float factor, const float* b, int32_t n, 
 }
 
 static void add_band(float* to, int64_t stride, const int32_t* rows, const float* factors,
-                     const float* sums, int32_t m, int32_t n) {
+                     const float* sums, int64_t sums_stride, int32_t m, int32_t n) {
   for (int32_t i = 0; i < m; ++i) {
     float* row = to + rows[i] * stride;
     const Vec factor = set1(factors[i]);
-    const Vec sum = load(sums + i * kLanes);
+    const Vec sum = load(sums + i * sums_stride);
     if (n == kLanes) {
       store(row, fma(factor, sum, load(row)));
     } else {

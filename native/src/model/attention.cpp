@@ -106,7 +106,8 @@ void write_output(const AttentionCall& call, const AttentionUnit& unit, int32_t 
       if (((call.prepare >> kind) & 1u) == 0) {
         continue;
       }
-      call.matrix->prepare(static_cast<ActKind>(kind), out, call.out_width, head * columns, columns,
+      const ActKind form = form_of(static_cast<ActKind>(kind), call.is_prompt[token] != 0);
+      call.matrix->prepare(form, out, call.out_width, head * columns, columns,
                            call.acts[kind] + token * call.act_stride[kind]);
     }
   }

@@ -111,7 +111,8 @@ struct AttentionCall {
   float* out = nullptr;
   int64_t q_stride = 0, k_stride = 0, v_stride = 0, out_stride = 0;
   int32_t out_width = 0;
-  uint32_t prepare = 0;  // bit ActKind
+  uint32_t prepare = 0;                // bit ActKind
+  const uint8_t* is_prompt = nullptr;  // [T]
   uint8_t* acts[2] = {nullptr, nullptr};
   int64_t act_stride[2] = {0, 0};
   TailCounter* tail = nullptr;

@@ -92,8 +92,9 @@ void Executor::prepare_row(const Buffer& b, uint32_t forms, int64_t row, int32_t
     if (((forms >> kind) & 1u) == 0) {
       continue;
     }
-    m_.matrix_->prepare(static_cast<ActKind>(kind), b.data + row * b.stride + first, b.width, first,
-                        count, b.acts[kind] + row * b.act_stride[kind]);
+    m_.matrix_->prepare(form_of(static_cast<ActKind>(kind), is_prompt(b, row)),
+                        b.data + row * b.stride + first, b.width, first, count,
+                        b.acts[kind] + row * b.act_stride[kind]);
   }
 }
 
@@ -145,8 +146,8 @@ void Executor::private_norm(const Step& s, const kt_op& op, int32_t worker) {
       if (((s.prepare >> kind) & 1u) == 0) {
         continue;
       }
-      m_.matrix_->prepare(static_cast<ActKind>(kind), to, out.width, 0, out.width,
-                          mine.acts[kind] + row * out.act_stride[kind]);
+      m_.matrix_->prepare(form_of(static_cast<ActKind>(kind), is_prompt(out, row)), to, out.width,
+                          0, out.width, mine.acts[kind] + row * out.act_stride[kind]);
     }
     if (worker == 0) {  // for kt_model_read
       std::memcpy(out.data + row * out.stride, to, static_cast<size_t>(out.width) * 4);
@@ -203,12 +204,16 @@ void Executor::linear(const Step& s, int32_t worker) {
   const size_t parts = weight(m_.ops_[static_cast<size_t>(s.first)].w[0]).parts.size();
   const size_t p = part_of_worker(m_.workers_, parts, worker);
   const Range team = part_workers(m_.workers_, parts, p);
+  // Prompt rows take bands in pairs, so the cuts fall between pairs.
+  const bool in_pairs = std::any_of(m_.runs_.begin(), m_.runs_.end(),
+                                    [](const TokenRun& run) { return run.is_prompt; });
+  const int64_t step = in_pairs ? 2 : 1;
   int64_t total = 0;
   int64_t largest = 1;
   for (int32_t i = s.first; i < s.first + s.count; ++i) {
     const Matrix& w = weight(m_.ops_[static_cast<size_t>(i)].w[0]).parts[p].matrix;
     total += w.num_bands * w.band_bytes;
-    largest = std::max(largest, w.band_bytes);
+    largest = std::max(largest, step * w.band_bytes);
   }
   share_range(total, worker - team.first, team.last - team.first, largest,
               m_.tails_[static_cast<size_t>(s.tails) + p], [&](int64_t lo, int64_t hi) {
@@ -218,7 +223,8 @@ void Executor::linear(const Step& s, int32_t worker) {
                   const Matrix& w = weight(op.w[0]).parts[p].matrix;
                   // A band belongs to the piece in which it begins.
                   const auto index = [&](int64_t at) {
-                    const int64_t band = (at - start + w.band_bytes - 1) / w.band_bytes;
+                    const int64_t bytes = step * w.band_bytes;
+                    const int64_t band = (at - start + bytes - 1) / bytes * step;
                     return static_cast<int32_t>(std::clamp<int64_t>(band, 0, w.num_bands));
                   };
                   const int32_t first = lo <= start ? 0 : index(lo);
@@ -232,45 +238,75 @@ void Executor::linear(const Step& s, int32_t worker) {
   m_.workers_.barrier();
 }
 
+// Logit rows count as generated tokens: their number is small, their precision is what one sees.
 void Executor::linear_bands(const Step& s, const kt_op& op, size_t p, int32_t first, int32_t last,
                             int32_t worker) {
+  const Buffer& out = buffer(op.out[0]);
+  if (out.by_sample) {
+    linear_run(s, op, p, first, last, worker, {0, rows_of(out), false});
+    return;
+  }
+  for (const TokenRun& run : m_.runs_) {
+    linear_run(s, op, p, first, last, worker, run);
+  }
+}
+
+void Executor::linear_run(const Step& s, const kt_op& op, size_t p, int32_t first, int32_t last,
+                          int32_t worker, const TokenRun& run) {
   const Weight& w = weight(op.w[0]);
   const WeightPart& part = w.parts[p];
   const Buffer& in = buffer(op.in[0]);
   const Buffer& out = buffer(op.out[0]);
-  const Buffer* residual = op.in[1] < 0 ? nullptr : &buffer(op.in[1]);
-  const float* bias = op.w[1] < 0 ? nullptr : weight(op.w[1]).values;
   const uint8_t* acts = act_row(s, in, w.act, worker);
   const int64_t stride = in.act_stride[w.act];
   WorkerScratch& mine = scratch(worker);
-  const int32_t rows = rows_of(out);
-  for (int32_t row = 0; row < rows; row += kLinearRows) {
-    const int32_t m = std::min(kLinearRows, rows - row);
-    for (int32_t band = first; band < last; ++band) {
+  const bool in_place = op.in[1] < 0 && op.w[1] < 0;
+  const bool in_pairs = run.is_prompt && w.act == kActQ8;
+  const int32_t end = run.first + run.count;
+  for (int32_t row = run.first; row < end; row += kLinearRows) {
+    const int32_t m = std::min(kLinearRows, end - row);
+    const uint8_t* x = acts + row * stride;
+    const int32_t step = in_pairs ? 2 : 1;
+    for (int32_t band = first; band < last; band += step) {
+      const int32_t bands = std::min(step, last - band);
       const int32_t column = (part.first_band + band) * kBandRows;
-      const int32_t columns = std::min(kBandRows, w.rows - column);
+      const int32_t columns = std::min(bands * kBandRows, w.rows - column);
+      const bool direct = in_place && columns == bands * kBandRows;
       float* to = out.data + int64_t{row} * out.stride + column;
-      const uint8_t* x = acts + row * stride;
-      const uint8_t* next = band + 1 < last ? band_at(part.matrix, 0, band + 1) : nullptr;
-      if (residual == nullptr && bias == nullptr && columns == kBandRows) {
-        m_.matrix_->multiply_band(part.matrix, 0, band, x, stride, nullptr, m, to, out.stride,
+      float* sums = direct ? to : mine.temp;
+      const int64_t sums_stride = direct ? out.stride : bands * kBandRows;
+      const int32_t then = band + bands;
+      const uint8_t* next = then + bands <= last ? band_at(part.matrix, 0, then) : nullptr;
+      if (in_pairs) {
+        m_.matrix_->multiply_prompt(part.matrix, 0, band, bands, x, stride, m, sums, sums_stride,
+                                    mine.multiply, next);
+      } else {
+        m_.matrix_->multiply_band(part.matrix, 0, band, x, stride, nullptr, m, sums, sums_stride,
                                   mine.multiply, next);
-        continue;
       }
-      m_.matrix_->multiply_band(part.matrix, 0, band, x, stride, nullptr, m, mine.temp, kBandRows,
-                                mine.multiply, next);
-      for (int32_t i = 0; i < m; ++i, to += out.stride) {
-        float* sums = mine.temp + i * kBandRows;
-        if (bias != nullptr) {
-          m_.vector_->add_scaled(sums, 1.0f, bias + column, columns, sums);
-        }
-        if (residual != nullptr) {
-          const float* add = residual->data + int64_t{row + i} * residual->stride + column;
-          m_.vector_->add_scaled(sums, 1.0f, add, columns, to);
-        } else {
-          std::memcpy(to, sums, static_cast<size_t>(columns) * 4);
-        }
+      if (!direct) {
+        finish_linear(op, row, m, column, columns, sums, sums_stride);
       }
+    }
+  }
+}
+
+// Sums of rows [row, row + m) and some columns, plus bias and residual, to the output.
+void Executor::finish_linear(const kt_op& op, int32_t row, int32_t m, int32_t column,
+                             int32_t columns, float* sums, int64_t sums_stride) {
+  const Buffer& out = buffer(op.out[0]);
+  const Buffer* residual = op.in[1] < 0 ? nullptr : &buffer(op.in[1]);
+  const float* bias = op.w[1] < 0 ? nullptr : weight(op.w[1]).values;
+  for (int64_t i = row; i < row + m; ++i, sums += sums_stride) {
+    float* to = out.data + i * out.stride + column;
+    if (bias != nullptr) {
+      m_.vector_->add_scaled(sums, 1.0f, bias + column, columns, sums);
+    }
+    if (residual != nullptr) {
+      const float* add = residual->data + i * residual->stride + column;
+      m_.vector_->add_scaled(sums, 1.0f, add, columns, to);
+    } else {
+      std::memcpy(to, sums, static_cast<size_t>(columns) * 4);
     }
   }
 }
@@ -294,6 +330,7 @@ void Executor::attention(const Step& s, const kt_op& op, int32_t worker) {
   call.out_stride = out.stride;
   call.out_width = out.width;
   call.prepare = s.prepare;
+  call.is_prompt = m_.is_prompt_.data();
   for (int32_t kind = 0; kind < kNumActKinds; ++kind) {
     call.acts[kind] = out.acts[kind];
     call.act_stride[kind] = out.act_stride[kind];
@@ -357,6 +394,7 @@ ExpertJob Executor::expert_job(const Step& s, const kt_op& op, const MoeOp& moe,
   job.out = out.data;
   job.out_stride = out.stride;
   job.num_tokens = rows_of(out);
+  job.is_prompt = in.by_sample ? nullptr : m_.is_prompt_.data();
   job.matrix = m_.matrix_;
   job.vector = m_.vector_;
   job.tails = m_.tails_ + s.tails;
@@ -386,9 +424,9 @@ void Executor::experts(const Step& s, const kt_op& op, int32_t worker) {
     }
     m_.workers_.barrier();
   }
-  group_pairs(ids, weights, num_tokens, top_k, moe.routing.num_experts,
-              m_.experts_.groupings[static_cast<size_t>(worker)]);
   const ExpertJob job = expert_job(s, op, moe, worker);
+  group_pairs(ids, weights, num_tokens, top_k, moe.routing.num_experts, job.is_prompt,
+              m_.experts_.groupings[static_cast<size_t>(worker)]);
   run_up(m_.workers_, job, m_.experts_, worker);
   m_.workers_.barrier();
   run_down(m_.workers_, job, m_.experts_, worker);

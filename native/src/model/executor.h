@@ -23,6 +23,10 @@ class Executor {
   void linear(const Step& step, int32_t worker);
   void linear_bands(const Step& step, const kt_op& op, size_t part, int32_t first, int32_t last,
                     int32_t worker);
+  void linear_run(const Step& step, const kt_op& op, size_t part, int32_t first, int32_t last,
+                  int32_t worker, const TokenRun& run);
+  void finish_linear(const kt_op& op, int32_t row, int32_t m, int32_t column, int32_t columns,
+                     float* sums, int64_t sums_stride);
   void attention(const Step& step, const kt_op& op, int32_t worker);
   void experts(const Step& step, const kt_op& op, int32_t worker);
   void route(const Step& step, const kt_op& op, const MoeOp& moe, int32_t worker);
@@ -42,6 +46,9 @@ class Executor {
   }
   const uint8_t* act_row(const Step& step, const Buffer& b, ActKind kind, int32_t worker) {
     return is_private(step, b) ? scratch(worker).acts[kind] : b.acts[kind];
+  }
+  bool is_prompt(const Buffer& b, int64_t row) const {
+    return !b.by_sample && m_.is_prompt_[static_cast<size_t>(row)] != 0;
   }
   void prepare_row(const Buffer& b, uint32_t forms, int64_t row, int32_t first, int32_t count);
   // body(row, first column, columns) over this worker's pieces of a [rows, width] buffer.

@@ -153,8 +153,33 @@ void Model::finish(int32_t logits_buffer) {
                                        config_.vocab_size, config_.sample_vocab);
   previous_.reserve(static_cast<size_t>(config_.max_logit_rows));
   tokens_.resize(static_cast<size_t>(config_.max_tokens));
+  is_prompt_.resize(static_cast<size_t>(config_.max_tokens));
+  runs_.reserve(2 * static_cast<size_t>(config_.max_rows));
   logits_buffer_ = logits_buffer;
   finished_ = true;
+}
+
+// Which tokens belong to a prompt: the kernels may multiply them in another way (multiply_prompt).
+void Model::find_prompts() {
+  runs_.clear();
+  const bool has_ways = matrix_->multiply_prompt != nullptr;
+  const auto add = [&](int32_t first, int32_t count, bool is_prompt) {
+    if (count == 0) {
+      return;
+    }
+    std::memset(is_prompt_.data() + first, is_prompt ? 1 : 0, static_cast<size_t>(count));
+    if (!runs_.empty() && runs_.back().is_prompt == is_prompt) {
+      runs_.back().count += count;
+    } else {
+      runs_.push_back({first, count, is_prompt});
+    }
+  };
+  for (int32_t row = 0; row < view_.num_rows; ++row) {
+    const int32_t first = view_.row_start[row], count = view_.row_start[row + 1] - first;
+    const int32_t prompt = has_ways ? view_.num_prompt[row] : 0;
+    add(first, prompt, true);
+    add(first + prompt, count - prompt, false);
+  }
 }
 
 void Model::run(const kt_plan& plan, const kt_block_layout& layout, const void* block,
@@ -178,6 +203,7 @@ void Model::run(const kt_plan& plan, const kt_block_layout& layout, const void* 
   }
   const Buffer& logits = buffers_[static_cast<size_t>(logits_buffer_)];
   sampler_->prepare(view_, logits.data, logits.stride, out);
+  find_prompts();
   plan_attention(view_, workers_.num_threads(), attention_);
   for (int32_t i = 0; i < num_tails_; ++i) {
     tails_[i].next.store(0, std::memory_order_relaxed);

@@ -71,12 +71,19 @@ struct Step {
 struct WorkerScratch {
   float* row = nullptr;  // kPrivateRows private norm rows
   uint8_t* acts[kNumActKinds] = {nullptr, nullptr};
-  float* temp = nullptr;  // kLinearRows * kBandRows sums of a linear's band
+  float* temp = nullptr;  // kLinearRows * 2 * kBandRows sums of a linear's bands
   uint8_t* multiply = nullptr;
   float* choice = nullptr;  // router: scores and choice, 2 * E
   int32_t* ids = nullptr;   // kPrivateRows * K
   float* weights = nullptr;
   AttentionScratch attention;
+};
+
+// Tokens of a step that are multiplied alike.
+struct TokenRun {
+  int32_t first = 0;
+  int32_t count = 0;
+  bool is_prompt = false;
 };
 
 struct MoeOp {  // what an expert operation needs beyond kt_op
@@ -105,6 +112,7 @@ class Model {
   friend class Scheduler;
   friend class Executor;
 
+  void find_prompts();
   void allocate();
   void allocate_attention();
   void allocate_scratch();
@@ -134,9 +142,11 @@ class Model {
   TailCounter* tails_ = nullptr;
   int32_t num_tails_ = 0;
   std::unique_ptr<Sampler> sampler_;
-  int32_t embed_rows_ = 0;         // ids must be below; 0 without an EMBED
-  std::vector<int32_t> previous_;  // sampled by the step before, for look-ahead tokens
-  std::vector<int32_t> tokens_;    // resolved ids of the step
+  int32_t embed_rows_ = 0;          // ids must be below; 0 without an EMBED
+  std::vector<int32_t> previous_;   // sampled by the step before, for look-ahead tokens
+  std::vector<int32_t> tokens_;     // resolved ids of the step
+  std::vector<TokenRun> runs_;      // of the step; one run where the kernels have one way only
+  std::vector<uint8_t> is_prompt_;  // [T]
   StepView view_;
   int64_t class_ns_[kNumClasses] = {0, 0, 0, 0};
   int64_t sample_ns_ = 0;

@@ -67,6 +67,9 @@ void check_row(const StepView& view, int32_t row, const kt_model_config& config)
         number(last - first) + " tokens .. " + number(int64_t{pages} * config.page_size) +
             " positions of its pages");
   }
+  if (view.num_prompt[row] < 0 || view.num_prompt[row] > last - first) {
+    bad("num_prompt", row, view.num_prompt[row], "0 .. " + number(last - first) + " tokens");
+  }
   const int32_t* ids = view.page_ids + view.page_start[row];
   for (int32_t page = 0; page < pages; ++page) {
     if (ids[page] < 0 || ids[page] >= config.num_pages) {
@@ -128,6 +131,7 @@ StepView view_step(const kt_plan& plan, const kt_block_layout& layout, const voi
   view.kv_slot = memory.array<int32_t>("kv_slot", layout.kv_slot, tokens);
   view.row_start = memory.array<int32_t>("row_start", layout.row_start, rows + 1);
   view.context_len = memory.array<int32_t>("context_len", layout.context_len, rows);
+  view.num_prompt = memory.array<int32_t>("num_prompt", layout.num_prompt, rows);
   view.page_start = memory.array<int32_t>("page_start", layout.page_start, rows + 1);
   view.page_ids = memory.array<int32_t>("page_ids", layout.page_ids, plan.num_page_ids);
   if (view.row_start[0] != 0) {

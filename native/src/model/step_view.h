@@ -17,6 +17,7 @@ struct StepView {
   const int32_t* kv_slot = nullptr;
   const int32_t* row_start = nullptr;
   const int32_t* context_len = nullptr;
+  const int32_t* num_prompt = nullptr;
   const int32_t* page_start = nullptr;
   const int32_t* page_ids = nullptr;
   const kt_sample_params* samples = nullptr;

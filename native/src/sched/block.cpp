@@ -50,6 +50,7 @@ kt_block_layout block_layout(const kt_sched_config& config) {
   layout.context_len = place(end, rows * 4);
   layout.page_start = place(end, (rows + 1) * 4);
   layout.last_page_len = place(end, rows * 4);
+  layout.num_prompt = place(end, rows * 4);
   layout.samples = place(end, config.max_samples * static_cast<int64_t>(sizeof(kt_sample_params)));
   layout.page_ids = place(end, capacity.page_ids * 4);
   layout.bias_ids = place(end, capacity.bias * 4);
@@ -105,6 +106,7 @@ void BlockWriter::add_row(const Sequence& seq, int32_t count) {
   array<int32_t>(layout_.context_len)[row] = context;
   array<int32_t>(layout_.page_start)[row + 1] = plan_->num_page_ids;
   array<int32_t>(layout_.last_page_len)[row] = context - (num_pages - 1) * page_size_;
+  array<int32_t>(layout_.num_prompt)[row] = std::clamp(seq.prompt_len - first, 0, count);
 }
 
 int32_t BlockWriter::add_sample(const Sequence& seq, int32_t position, int32_t target) {

@@ -44,6 +44,7 @@ uint64_t plan_digest(const kt_block_layout& layout, const kt_plan& plan, const v
   take(layout.kv_slot, plan.num_tokens);
   take(layout.row_start, plan.num_rows + 1);
   take(layout.context_len, plan.num_rows);
+  take(layout.num_prompt, plan.num_rows);
   take(layout.page_start, plan.num_rows + 1);
   take(layout.page_ids, plan.num_page_ids);
   take(layout.copies_out, plan.num_copies_out * 2);

@@ -71,7 +71,8 @@ void matrices(const Pool& pool, int32_t isa, int32_t type) {
   const std::vector<float> x = driver::uniform(random, int64_t{kMost} * cols);
   for (const int32_t count : {1, 2, 5, 8, kMost}) {
     std::vector<float> out(static_cast<size_t>(count) * kRows);
-    check(kt_matrix_multiply(matrix.get(), 1, x.data(), count, out.data()), "kt_matrix_multiply");
+    check(kt_matrix_multiply(matrix.get(), 1, x.data(), count, out.data(), 0),
+          "kt_matrix_multiply");
     const double wrong = driver::error(out, product(tensor, 1, x.data(), count));
     expect(wrong < tolerance(type), std::string(info.name) + " isa " + std::to_string(isa) + ", " +
                                         std::to_string(count) + " rows: wrong by " +
@@ -145,14 +146,14 @@ void layers(const Pool& pool, int32_t isa, int32_t up_type, int32_t down_type) {
     std::vector<float> out(in.x.size()), again(in.x.size()), from_set(in.x.size());
     const auto run = [&](std::vector<float>& to) {
       check(kt_experts_multiply(gate.get(), up.get(), down.get(), in.x.data(), in.ids.data(),
-                                in.weights.data(), tokens, Layer::kTopK, to.data()),
+                                in.weights.data(), tokens, Layer::kTopK, to.data(), nullptr),
             "kt_experts_multiply");
     };
     std::thread other([&] { run(again); });
     run(out);
     other.join();
     check(kt_expert_set_run(set, 0, tokens, in.x.data(), in.ids.data(), in.weights.data(),
-                            from_set.data()),
+                            from_set.data(), nullptr),
           "kt_expert_set_run");
     // Three products in a row, each with its rounding of the activations.
     const double wrong = driver::error(out, layer_twin(layer, in));
@@ -186,12 +187,12 @@ void refusals(const Pool& pool) {
   driver::refused(create(kQ4_K, -1, 256, bytes), KT_ERR_ARGUMENT, "at least 1", "negative rows");
   std::vector<float> x(256), out(16);
   for (const int32_t expert : {-1, 2, INT32_MAX, INT32_MIN}) {
-    driver::refused(kt_matrix_multiply(good.get(), expert, x.data(), 1, out.data()),
+    driver::refused(kt_matrix_multiply(good.get(), expert, x.data(), 1, out.data(), 0),
                     KT_ERR_ARGUMENT, "expert is", "expert out of range");
   }
-  driver::refused(kt_matrix_multiply(good.get(), 0, x.data(), -1, out.data()), KT_ERR_ARGUMENT,
+  driver::refused(kt_matrix_multiply(good.get(), 0, x.data(), -1, out.data(), 0), KT_ERR_ARGUMENT,
                   "num_rows is -1", "negative rows of x");
-  expect(kt_matrix_multiply(good.get(), 0, nullptr, 0, nullptr) == KT_OK, "zero rows");
+  expect(kt_matrix_multiply(good.get(), 0, nullptr, 0, nullptr, 0) == KT_OK, "zero rows");
 }
 
 }  // namespace
