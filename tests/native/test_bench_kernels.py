@@ -55,11 +55,14 @@ def test_every_draw_chooses_as_many_experts(small: None, tmp_path: Path) -> None
             self._rng = np.random.default_rng(0)
 
     draws, distinct = Routes()._routes(3, kernel_cases.SHAPES["small"])
-    assert 2 <= len(draws) <= 16
+    assert 2 <= len(draws) <= 64
     assert {len(np.unique(ids)) for ids in draws} == {distinct}
     for ids in draws:
         assert ids.shape == (3, 4)
         assert all(len(set(row)) == 4 for row in ids.tolist())
+    draws, distinct = Routes()._routes(1, kernel_cases.SHAPES["small"])
+    assert distinct == 4
+    assert sorted(np.concatenate(draws).ravel().tolist()) == list(range(16))
 
 
 def test_wrong_types_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
