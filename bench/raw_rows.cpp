@@ -404,7 +404,8 @@ int main(int argc, char** argv) {
       });
       const double wrong_raw = error_of(raw[0], x.data(), count, out.data());
       const double bands = best_seconds([&](int copy) {
-        check(kt_matrix_multiply(packed[copy], 0, x.data(), count, out.data(), 0), "multiply");
+        check(kt_matrix_multiply(packed[copy], 0, x.data(), count, out.data(), use_tiles ? 1 : 0),
+              "kt_matrix_multiply");
       });
       const double wrong_bands = error_of(raw[0], x.data(), count, out.data());
       const auto bytes = static_cast<double>(raw[0].size());
