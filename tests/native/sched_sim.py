@@ -280,6 +280,7 @@ class Sim:
         in_lane = plan is self.scheduler.lane_struct  # was planned before it was cancelled
         assert in_lane or seq_id not in self.cancelled, "a cancelled sequence was planned"
         assert self.view("token_row", plan.num_tokens)[at] == sample["row"]
+        self._check_prompt(int(sample["row"]), seq_id)
         truth = self.truth[seq_id]
         assert entry == truth.entries[position], f"sequence {seq_id} does not see its own text"
         if target >= 0:
@@ -288,6 +289,13 @@ class Sim:
             return target
         self._check_sample(sample, seq_id, position)
         return next_token(entry)
+
+    def _check_prompt(self, row: int, seq_id: int) -> None:
+        """How many of a row's tokens belong to the prompt, also when generated ones run again."""
+        begin, end = self.view("row_start", row + 2)[row:].tolist()
+        first = int(self.view("positions", end)[begin])
+        left = len(self.requests[seq_id].prompt_ids) - first
+        assert self.view("num_prompt", row + 1)[row] == min(max(left, 0), end - begin)
 
     def _check_sample(self, sample: np.void, seq_id: int, position: int) -> None:
         request, truth = self.requests[seq_id], self.truth[seq_id]

@@ -420,6 +420,8 @@ DAMAGES: list[tuple[str, str, int, int]] = [
     (r"row_start\[0\] is 1", "row_start", 0, 1),
     (r"context_len\[0\] is 17", "context_len", 0, 17),
     (r"context_len\[0\] is 2", "context_len", 0, 2),
+    (r"num_prompt\[0\] is 4", "num_prompt", 0, 4),
+    (r"num_prompt\[0\] is -1", "num_prompt", 0, -1),
     (r"page_ids\[0\] is 64", "page_ids", 0, 64),
     (r"page_ids\[0\] is -1", "page_ids", 0, -1),
     (r"page_start\[1\] is 2", "page_start", 1, 2),

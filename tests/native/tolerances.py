@@ -10,6 +10,9 @@ BF16_TILE_PRODUCT = 1e-5
 # Activations are rounded to int8 with one scale per 32: the step is max|x| / 127, about 1/50 of a
 # standard deviation of Gaussian data, its error 1/sqrt(12) of that; observed 4e-3 .. 7e-3.
 INT8_PRODUCT = 1.2e-2
+# Prompt rows in AMX tiles: weights and activations are rounded to bf16, by 2^-9 at most, spread
+# evenly: 1.1e-3 each where they are random.
+PROMPT_PRODUCT = 4e-3
 # Weights times the activations as they are after rounding: only f32 additions differ.
 ROUNDED_PRODUCT = 2e-6
 # The same product on another ISA: equal integers, f32 terms grouped and fused differently.

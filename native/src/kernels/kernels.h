@@ -46,6 +46,10 @@ int64_t act_row_bytes(ActKind kind, int32_t cols);
 // Bytes of per-thread scratch that multiply_band may need for a matrix with `cols` columns.
 int64_t multiply_scratch_bytes(int32_t cols);
 
+// Most rows of one multiply_prompt: their prepared form then stays in the L2 cache while bands go
+// by.
+inline constexpr int32_t kPromptRows = 256;
+
 struct MatrixKernels {
   int32_t isa;
   // Prepares columns [first, first + count) of one row; x points at column `first`, dst at the
@@ -63,10 +67,11 @@ struct MatrixKernels {
                         int64_t act_stride, const int32_t* rows, int32_t m, float* out,
                         int64_t out_stride, void* scratch, const uint8_t* next);
   // Many rows at bf16 precision: prompt tokens; nullptr where multiply_band serves them as well.
-  // For matrices whose act is kActQ8, rows prepared as kActBf16, one after another. num_bands 1 or
-  // 2: out[i * out_stride + r], r < 16 * num_bands; next: the first one of the bands that this
-  // thread multiplies next, or nullptr. Equal bits alone and in company here too, but others than
-  // multiply_band's: a token is multiplied in one way for as long as its state lives.
+  // For matrices whose act is kActQ8, rows prepared as kActBf16, one after another, at most
+  // kPromptRows. num_bands 1 or 2: out[i * out_stride + r], r < 16 * num_bands; next: the first one
+  // of the bands that this thread multiplies next, or nullptr. Equal bits alone and in company here
+  // too, but others than multiply_band's: a token is multiplied in one way for as long as its state
+  // lives.
   void (*multiply_prompt)(const Matrix& w, int32_t expert, int32_t band, int32_t num_bands,
                           const uint8_t* acts, int64_t act_stride, int32_t m, float* out,
                           int64_t out_stride, void* scratch, const uint8_t* next);
@@ -75,9 +80,6 @@ struct MatrixKernels {
   // ISA has no such instruction. For kt_bench_peak.
   int64_t (*peak)(int32_t kind, int64_t rounds);
 };
-
-// Rows of one multiply_prompt: their prepared form then stays in the L2 cache while bands go by.
-inline constexpr int32_t kPromptRows = 256;
 
 // The form in which a token's row of `kind` is prepared.
 inline ActKind form_of(ActKind kind, bool is_prompt) {

@@ -271,9 +271,9 @@ int64_t act_row_bytes(ActKind kind, int32_t cols) {
 }
 
 int64_t multiply_scratch_bytes(int32_t cols) {
-  // One row as f32 (scalar), or decoded tiles (two bands of 256 bf16 columns are 16 KiB).
+  // One row as f32 (scalar), or decoded tiles and sums (AMX: 16 KiB and kPromptRows * 128 bytes).
   const int64_t row = float_row_bytes(cols);
-  return row < 32768 ? 32768 : row;
+  return row < 65536 ? 65536 : row;
 }
 
 bool matrix_format(int32_t type, int32_t cols, ActKind* act, int64_t* band_bytes) {

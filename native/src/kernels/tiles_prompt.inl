@@ -26,6 +26,7 @@ constexpr int kResidentRows = 48;
 
 struct alignas(64) PromptScratch {
   uint8_t lines[2][8 * kBlockLines];  // bands
+  float sums[kPromptRows][2 * kBandRows];
   DecodedBlock block;
   uint16_t row[kTileCols];
 };
@@ -43,20 +44,22 @@ void prepare_prompt(const float* x, int32_t first, int32_t count, uint8_t* dst) 
   }
 }
 
+constexpr size_t kSumsStride = 2 * kBandRows * sizeof(float);
+
 // Row tiles of one pass: each has `rows` rows; the last one may overlap the one before it, which
 // then computes the same sums twice.
 struct RowTiles {
   const uint8_t* a[3];
-  float* out[3];
-  size_t stride, out_stride;  // bytes
+  float* sums[3];
+  size_t stride;  // bytes, of a
 
-  RowTiles(const PromptJob& job, int32_t first, int32_t count, int num_tiles, int rows)
-      : stride(static_cast<size_t>(job.act_stride)),
-        out_stride(static_cast<size_t>(job.out_stride) * 4) {
+  RowTiles(const PromptJob& job, PromptScratch* scratch, int32_t first, int32_t count,
+           int num_tiles, int rows)
+      : stride(static_cast<size_t>(job.act_stride)) {
     for (int i = 0; i < num_tiles; ++i) {
       const int32_t row = first + (i * rows + rows <= count ? i * rows : count - rows);
       a[i] = job.acts + row * job.act_stride;
-      out[i] = job.out + row * job.out_stride;
+      sums[i] = scratch->sums[row];
     }
   }
 };
@@ -81,8 +84,8 @@ struct TilePlan<1> {
     _tile_dpbf16ps(1, 4, 7);
   }
   static void store(const RowTiles& rows) {
-    _tile_stored(0, rows.out[0], rows.out_stride);
-    _tile_stored(1, rows.out[0] + 16, rows.out_stride);
+    _tile_stored(0, rows.sums[0], kSumsStride);
+    _tile_stored(1, rows.sums[0] + 16, kSumsStride);
   }
 };
 
@@ -95,10 +98,10 @@ struct TilePlan<2> {
     _tile_zero(3);
   }
   static void load(const RowTiles& rows) {
-    _tile_loadd(0, rows.out[0], rows.out_stride);
-    _tile_loadd(1, rows.out[0] + 16, rows.out_stride);
-    _tile_loadd(2, rows.out[1], rows.out_stride);
-    _tile_loadd(3, rows.out[1] + 16, rows.out_stride);
+    _tile_loadd(0, rows.sums[0], kSumsStride);
+    _tile_loadd(1, rows.sums[0] + 16, kSumsStride);
+    _tile_loadd(2, rows.sums[1], kSumsStride);
+    _tile_loadd(3, rows.sums[1] + 16, kSumsStride);
   }
   static void step(const RowTiles& rows, int64_t at, const uint8_t* b0, const uint8_t* b1) {
     _tile_loadd(6, b0, 64);
@@ -112,8 +115,8 @@ struct TilePlan<2> {
   }
   static void store(const RowTiles& rows) {
     TilePlan<1>::store(rows);
-    _tile_stored(2, rows.out[1], rows.out_stride);
-    _tile_stored(3, rows.out[1] + 16, rows.out_stride);
+    _tile_stored(2, rows.sums[1], kSumsStride);
+    _tile_stored(3, rows.sums[1] + 16, kSumsStride);
   }
 };
 
@@ -143,8 +146,8 @@ struct TilePlan<3> {
   }
   static void store(const RowTiles& rows) {
     TilePlan<2>::store(rows);
-    _tile_stored(4, rows.out[2], rows.out_stride);
-    _tile_stored(5, rows.out[2] + 16, rows.out_stride);
+    _tile_stored(4, rows.sums[2], kSumsStride);
+    _tile_stored(5, rows.sums[2] + 16, kSumsStride);
   }
 };
 
@@ -157,12 +160,12 @@ inline void single_step(const RowTiles& rows, int64_t at, const uint8_t* b) {
   _tile_dpbf16ps(2, 5, 6);
 }
 
-inline void scale_sums(const PromptJob& job, const __m512* factors) {
-  finish_stores(job.out);
+inline void store_sums(const PromptJob& job, const PromptScratch& scratch, const __m512* factors) {
+  finish_stores(&scratch);
   for (int32_t i = 0; i < job.m; ++i) {
     float* out = job.out + i * job.out_stride;
     for (int band = 0; band < job.num_bands; ++band) {
-      V::store_f(out + 16 * band, V::mul(V::load_f(out + 16 * band), factors[band]));
+      V::store_f(out + 16 * band, V::mul(V::load_f(scratch.sums[i] + 16 * band), factors[band]));
     }
   }
 }
@@ -197,10 +200,10 @@ struct Source {
     const int32_t left = (job.w->cols - index * kTileCols) / 32;
     return left < 8 ? left : 8;
   }
-  void scale() const {
+  void store(const PromptScratch& scratch) const {
     const __m512 factors[2] = {powers[0].factor(Decoder::kExponent - kActExponent),
                                powers[1].factor(Decoder::kExponent - kActExponent)};
-    scale_sums(job, factors);
+    store_sums(job, scratch, factors);
   }
 };
 
@@ -212,7 +215,7 @@ __attribute__((noinline)) void multiply_resident(const PromptJob& job, PromptScr
   constexpr int kStepLines = (kStep + 63) / 64;
   const Source<Decoder> source(job);
   const int rows = (job.m + kTiles - 1) / kTiles;
-  const RowTiles row_tiles(job, 0, job.m, kTiles, rows);
+  const RowTiles row_tiles(job, scratch, 0, job.m, kTiles, rows);
   configure_tiles(rows, Plan::kConfigured);
   Plan::zero();
   const int32_t num_blocks = job.w->cols / 32;
@@ -242,19 +245,18 @@ __attribute__((noinline)) void multiply_resident(const PromptJob& job, PromptScr
     Plan::step(row_tiles, 64 * block, line(0, block), line(1, block));
   }
   Plan::store(row_tiles);
-  source.scale();
+  source.store(*scratch);
 }
 
 // One tile of columns of any number of rows, in passes of at most 32: adds to the sums in memory.
-inline void multiply_tile(const PromptJob& job, int32_t tile, int nb,
-                          const PromptScratch& scratch) {
-  finish_stores(&scratch);
+inline void multiply_tile(const PromptJob& job, int32_t tile, int nb, PromptScratch* scratch) {
+  finish_stores(scratch);
   const int32_t passes = (job.m + 31) / 32;
   const int32_t rows = ((job.m + passes - 1) / passes + 1) / 2;
   int32_t first = 0;
   for (int32_t pass = 0; pass < passes; ++pass) {
     const int32_t last = (pass + 1) * job.m / passes;
-    const RowTiles row_tiles(job, first, last - first, 2, rows);
+    const RowTiles row_tiles(job, scratch, first, last - first, 2, rows);
     first = last;
     if (job.num_bands == 2) {
       if (tile == 0) {
@@ -263,8 +265,8 @@ inline void multiply_tile(const PromptJob& job, int32_t tile, int nb,
         TilePlan<2>::load(row_tiles);
       }
       for (int b = 0; b < nb; ++b) {
-        TilePlan<2>::step(row_tiles, 512 * tile + 64 * b, scratch.lines[0] + b * kBlockLines,
-                          scratch.lines[1] + b * kBlockLines);
+        TilePlan<2>::step(row_tiles, 512 * tile + 64 * b, scratch->lines[0] + b * kBlockLines,
+                          scratch->lines[1] + b * kBlockLines);
       }
       TilePlan<2>::store(row_tiles);
       continue;
@@ -272,14 +274,14 @@ inline void multiply_tile(const PromptJob& job, int32_t tile, int nb,
     _tile_zero(0);
     _tile_zero(2);
     if (tile != 0) {
-      _tile_loadd(0, row_tiles.out[0], row_tiles.out_stride);
-      _tile_loadd(2, row_tiles.out[1], row_tiles.out_stride);
+      _tile_loadd(0, row_tiles.sums[0], kSumsStride);
+      _tile_loadd(2, row_tiles.sums[1], kSumsStride);
     }
     for (int b = 0; b < nb; ++b) {
-      single_step(row_tiles, 512 * tile + 64 * b, scratch.lines[0] + b * kBlockLines);
+      single_step(row_tiles, 512 * tile + 64 * b, scratch->lines[0] + b * kBlockLines);
     }
-    _tile_stored(0, row_tiles.out[0], row_tiles.out_stride);
-    _tile_stored(2, row_tiles.out[1], row_tiles.out_stride);
+    _tile_stored(0, row_tiles.sums[0], kSumsStride);
+    _tile_stored(2, row_tiles.sums[1], kSumsStride);
   }
 }
 
@@ -305,9 +307,9 @@ __attribute__((noinline)) void multiply_passes(const PromptJob& job, PromptScrat
         decoder.block(b, scratch->lines[band] + b * kBlockLines);
       }
     }
-    multiply_tile(job, tile, nb, *scratch);
+    multiply_tile(job, tile, nb, scratch);
   }
-  source.scale();
+  source.store(*scratch);
 }
 
 // Types kept as GGUF bytes: decoded row by row.
@@ -336,11 +338,11 @@ void multiply_prompt_gguf(const PromptJob& job, PromptScratch* scratch) {
         }
       }
     }
-    multiply_tile(job, tile, 8, *scratch);
+    multiply_tile(job, tile, 8, scratch);
   }
   const __m512 factors[2] = {_mm512_scalef_ps(V::set_f(1.0f), V::set_f(-kActExponent)),
                              _mm512_scalef_ps(V::set_f(1.0f), V::set_f(-kActExponent))};
-  scale_sums(job, factors);
+  store_sums(job, *scratch, factors);
 }
 
 template <class Decoder>
