@@ -126,7 +126,7 @@ arm64() {
 
 mkdir -p build/san
 if [ $# -eq 0 ]; then
-  set -- drivers python
+  set -- drivers python arm64
 fi
 case $1 in
   python | drivers | arm64) parts=("$@") ;;

@@ -71,12 +71,15 @@ void matrices(const Pool& pool, int32_t isa, int32_t type) {
   const std::vector<float> x = driver::uniform(random, int64_t{kMost} * cols);
   for (const int32_t count : {1, 2, 5, 8, kMost}) {
     std::vector<float> out(static_cast<size_t>(count) * kRows);
-    check(kt_matrix_multiply(matrix.get(), 1, x.data(), count, out.data(), 0),
-          "kt_matrix_multiply");
-    const double wrong = driver::error(out, product(tensor, 1, x.data(), count));
-    expect(wrong < tolerance(type), std::string(info.name) + " isa " + std::to_string(isa) + ", " +
-                                        std::to_string(count) + " rows: wrong by " +
-                                        std::to_string(wrong));
+    const std::vector<double> expected = product(tensor, 1, x.data(), count);
+    for (const int32_t is_prompt : {0, 1}) {
+      check(kt_matrix_multiply(matrix.get(), 1, x.data(), count, out.data(), is_prompt),
+            "kt_matrix_multiply");
+      const double wrong = driver::error(out, expected);
+      expect(wrong < tolerance(type), std::string(info.name) + " isa " + std::to_string(isa) +
+                                          ", " + std::to_string(count) + " rows: wrong by " +
+                                          std::to_string(wrong));
+    }
   }
 }
 
@@ -94,11 +97,13 @@ struct Inputs {
   int32_t tokens;
   std::vector<float> x, weights;
   std::vector<int32_t> ids;
+  std::vector<uint8_t> is_prompt;  // two of three tokens
 
   Inputs(Random& random, int32_t count) : tokens(count) {
     x = driver::uniform(random, int64_t{count} * Layer::kHidden);
     weights = driver::uniform(random, int64_t{count} * Layer::kTopK);
     for (int32_t t = 0; t < count; ++t) {
+      is_prompt.push_back(t % 3 == 0 ? 0 : 1);
       const int32_t first = random.below(Layer::kExperts);  // then every second of 6: distinct
       for (int32_t k = 0; k < Layer::kTopK; ++k) {
         ids.push_back((first + 2 * k) % Layer::kExperts);
@@ -146,14 +151,15 @@ void layers(const Pool& pool, int32_t isa, int32_t up_type, int32_t down_type) {
     std::vector<float> out(in.x.size()), again(in.x.size()), from_set(in.x.size());
     const auto run = [&](std::vector<float>& to) {
       check(kt_experts_multiply(gate.get(), up.get(), down.get(), in.x.data(), in.ids.data(),
-                                in.weights.data(), tokens, Layer::kTopK, to.data(), nullptr),
+                                in.weights.data(), tokens, Layer::kTopK, to.data(),
+                                in.is_prompt.data()),
             "kt_experts_multiply");
     };
     std::thread other([&] { run(again); });
     run(out);
     other.join();
     check(kt_expert_set_run(set, 0, tokens, in.x.data(), in.ids.data(), in.weights.data(),
-                            from_set.data(), nullptr),
+                            from_set.data(), in.is_prompt.data()),
           "kt_expert_set_run");
     // Three products in a row, each with its rounding of the activations.
     const double wrong = driver::error(out, layer_twin(layer, in));
