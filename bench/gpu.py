@@ -60,6 +60,7 @@ class Engine:
         self.runner: CudaRunner = load_cuda_runner(files, spec, pool, layout, limits, options)
         self.block = self.runner.block.array
         self.next_id = 1
+        self.phases: list[tuple[int, int, int]] = []  # ns of plan, run, commit by step
 
     def submit(self, prompt: list[int], tokens: int) -> int:
         request = GenerationRequest("bench", prompt, tokens, SamplingParams(temperature=0.0))
@@ -72,13 +73,15 @@ class Engine:
         begin = time.monotonic_ns()
         if not self.scheduler.plan(begin, self.block.ctypes.data):
             return 0.0, 0, 0
+        planned = time.monotonic_ns()
         plan = self.scheduler.plan_struct
         self.runner.run(plan, self.scheduler.layout, self.block)
-        self.scheduler.commit(
-            time.monotonic_ns(), self.runner.result.tokens.ctypes.data, plan.num_samples
-        )
+        ran = time.monotonic_ns()
+        self.scheduler.commit(ran, self.runner.result.tokens.ctypes.data, plan.num_samples)
         self.scheduler.drain()
-        return (time.monotonic_ns() - begin) * 1e-9, plan.num_tokens, plan.num_rows
+        end = time.monotonic_ns()
+        self.phases.append((planned - begin, ran - planned, end - ran))
+        return (end - begin) * 1e-9, plan.num_tokens, plan.num_rows
 
     def drain(self) -> list[tuple[float, int, int]]:
         steps = []
@@ -97,6 +100,7 @@ def measure_decode(engine: Engine, spec: ModelSpec, clients: int, tokens: int) -
     for i in range(clients):
         engine.submit(prompt(_PROMPT, spec.vocab_size, engine.next_id * 31 + i), tokens)
     before = engine.runner.stats()
+    engine.phases.clear()
     steps = [s for s in engine.drain() if s[1] == s[2] == clients]
     after = engine.runner.stats()
     median = statistics.median(s[0] for s in steps)
@@ -107,7 +111,24 @@ def measure_decode(engine: Engine, spec: ModelSpec, clients: int, tokens: int) -
         f"(p99 {p99 * 1e3:.2f}), CPU experts {expert_ms:.2f} ms",
         flush=True,
     )
+    print_host_time(engine, clients, median)
     return clients / median
+
+
+def print_host_time(engine: Engine, clients: int, step_s: float) -> None:
+    """What a step costs beside the GPU's own time, which a replay without a host gives."""
+    plan, run, commit = (statistics.median(p) * 1e-3 for p in zip(*engine.phases, strict=True))
+    gpu_s = engine.runner.graph_seconds(clients)
+    if gpu_s is None:
+        print(
+            f"  host: plan {plan:.0f} us, run {run:.0f} us with the CPU's part, commit {commit:.0f} us"
+        )
+        return
+    print(
+        f"  host {(step_s - gpu_s) * 1e6:.0f} us a step beside {gpu_s * 1e6:.0f} us on the GPU: plan "
+        f"{plan:.0f}, copies, launch and wake {run - gpu_s * 1e6:.0f}, commit and events {commit:.0f}",
+        flush=True,
+    )
 
 
 def profile_decode(engine: Engine, spec: ModelSpec, clients: int) -> None:

@@ -104,3 +104,34 @@ class PartialsArg(ctypes.Structure):
     """struct Partials of attention.cu."""
 
     _fields_ = (("values", _PTR), ("scales", _PTR), ("arrived", _PTR))
+
+
+class RouterInputArg(ctypes.Structure):
+    """struct RouterInput of router.cu."""
+
+    _fields_ = (
+        ("x", _PTR),
+        ("norm", _PTR),
+        ("eps", _F32),
+        ("cols", _I32),
+        ("weight", _PTR),
+        ("to", PreparedArg),
+    )
+
+
+class RouterOutputArg(ctypes.Structure):
+    """struct RouterOutput of router.cu."""
+
+    _fields_ = (
+        ("logits", _PTR),
+        ("arrived", _PTR),
+        ("ids", _PTR),
+        ("weights", _PTR),
+        ("groups", GroupsArg),
+    )
+
+
+class SampleSharesArg(ctypes.Structure):
+    """struct SampleShares of sample.cu."""
+
+    _fields_ = (("best", _PTR), ("at", _PTR), ("arrived", _PTR))

@@ -10,7 +10,7 @@ import torch
 
 from kt_async.engine.cuda_args import GroupsArg
 from kt_async.engine.cuda_ops import CudaOps
-from kt_async.engine.cuda_values import PackedMatrix, Rows
+from kt_async.engine.cuda_values import ExpertSum, PackedMatrix, Rows
 from kt_async.model.spec import ModelSpec
 
 _I32 = ctypes.c_int32
@@ -66,6 +66,9 @@ def _grouped(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tens
 
 def _group(ops: CudaOps, ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, GroupsArg]:
     """The pairs by expert, and the memory that holds them."""
+    ready = ops.router.groups
+    if ready is not None and ready.ids is ids:
+        return ready.words, ready.arg
     pairs = ids.numel()
     words = torch.empty(2 * (experts + 1) + pairs, dtype=torch.int32, device="cuda")
     base = words.data_ptr()
@@ -82,7 +85,7 @@ def gemv(
     ids: torch.Tensor,
     weights: torch.Tensor,
     matrices: tuple[PackedMatrix, PackedMatrix, PackedMatrix],
-) -> torch.Tensor:
+) -> Rows:
     """Straight from the quantised bands, each expert read once for all its tokens: for few rows."""
     tokens, top_k = ids.shape
     pairs, experts = tokens * top_k, matrices[0].num_experts
@@ -116,21 +119,9 @@ def gemv(
             _PTR(partial.data_ptr()),
         ],
     )
-    out = torch.empty_like(residual)
-    ops.launch(
-        "experts_sum",
-        (tokens, -(-down.arg.rows // _BLOCK)),
-        [
-            _PTR(partial.data_ptr()),
-            _PTR(ids.data_ptr()),
-            _PTR(weights.data_ptr()),
-            _I32(top_k),
-            _I32(down.arg.rows),
-            _PTR(residual.data_ptr()),
-            _PTR(out.data_ptr()),
-        ],
-    )
     del words  # only now may its memory be used again: the launches above read it
+    out = Rows(torch.empty_like(residual), down.arg.rows)
+    out.sum_of = ExpertSum(partial, ids, weights, residual)
     return out
 
 
@@ -148,7 +139,8 @@ class VramExperts:
         ids: torch.Tensor,
         weights: torch.Tensor,
         names: Names,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Rows:
         gate, up, down = (self.weights[name] for name in names)
-        multiply = gemv if ops.few else grouped_multiply
-        return multiply(ops, x, residual, ids, weights, (gate, up, down))
+        if ops.few:
+            return gemv(ops, x, residual, ids, weights, (gate, up, down))
+        return grouped_multiply(ops, x, residual, ids, weights, (gate, up, down))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kt_async.engine.cuda_args import SampleSharesArg
 from kt_async.engine.cuda_block import SAMPLE_DTYPE, Block
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda_values import Attend, StepTensors
@@ -18,6 +19,7 @@ from kt_async.model import LAYERWISE, run_to_end
 from kt_async.model.spec import ModelSpec
 
 _SAMPLE_THREADS = 1024
+_SAMPLE_BLOCKS = 16  # of one row, as in sample.cu
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,10 @@ class Forward:
         self._forward = LAYERWISE[spec.architecture]
         capacity, top = block.layout.max_samples, structs.KT_MAX_LOGPROBS
         self.work = torch.empty((capacity, spec.vocab_size), dtype=torch.float32, device="cuda")
+        # Per row: the blocks' largest logits and where they are, and how many blocks are done.
+        self._shares = torch.zeros(
+            capacity * (2 * _SAMPLE_BLOCKS + 1), dtype=torch.int32, device="cuda"
+        )
         num_words = capacity * (2 + 2 * top)
         self.out = torch.zeros(num_words, dtype=torch.int32, device="cuda")
         self.host_out = torch.zeros(num_words, dtype=torch.int32, pin_memory=True)
@@ -92,6 +98,7 @@ class Forward:
         capacity = b.layout.max_samples
         out = self.out.data_ptr() + 4 * first
         lists = ("bias_ids", "bias_values", "history_ids", "history_counts")
+        shares, size = self._shares.data_ptr(), 4 * capacity * _SAMPLE_BLOCKS
         pointers = [
             ctypes.c_void_p(logits.data_ptr()),
             ctypes.c_void_p(self.work.data_ptr()),
@@ -99,12 +106,13 @@ class Forward:
             ctypes.c_int32(self._sample_vocab),
             ctypes.c_void_p(b.address("samples") + first * SAMPLE_DTYPE.itemsize),
             *(ctypes.c_void_p(b.address(name)) for name in lists),
+            SampleSharesArg(shares, shares + size, shares + 2 * size),
             ctypes.c_void_p(out),
             ctypes.c_void_p(out + 4 * capacity),
             ctypes.c_void_p(out + 8 * capacity + 4 * (top - 1) * first),
             ctypes.c_void_p(out + 4 * (2 + top) * capacity + 4 * (top - 1) * first),
         ]
-        self._ops.launch("sample", (end - first, 1), pointers, _SAMPLE_THREADS)
+        self._ops.launch("sample", (_SAMPLE_BLOCKS, end - first), pointers, _SAMPLE_THREADS)
 
     def start_read_back(self) -> None:
         """Put the copy of all results to the host onto the current stream."""

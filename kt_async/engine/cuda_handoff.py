@@ -185,7 +185,7 @@ class HandoffExperts:
         ids: torch.Tensor,
         weights: torch.Tensor,
         names: Names,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Rows:
         if names[0] not in self.layer_of:
             return self.vram(ops, x, residual, ids, weights, names)
         self.ask(ops, x, ids, weights, names)

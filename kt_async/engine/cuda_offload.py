@@ -56,7 +56,7 @@ class StreamedExperts:
         ids: torch.Tensor,
         weights: torch.Tensor,
         names: Names,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Rows:
         if names[0] not in self.layer_of:
             return self.vram(ops, x, residual, ids, weights, names)
         layer = self.layer_of[names[0]]

@@ -16,11 +16,13 @@ from typing import Protocol
 import torch
 
 from kt_async.engine.cpu_program import rope_frequencies
-from kt_async.engine.cuda_args import ActsArg, OutputsArg, RopeArg, RoutingArg
+from kt_async.engine.cuda_args import ActsArg, OutputsArg, RopeArg
 from kt_async.engine.cuda_kv import KvPages
 from kt_async.engine.cuda_overlap import OverlappedExperts
+from kt_async.engine.cuda_router import Router, add_experts, add_experts_and_norm
 from kt_async.engine.cuda_values import (
     FloatMatrix,
+    NormOf,
     PackedMatrix,
     Rows,
     StepTensors,
@@ -33,12 +35,12 @@ from kt_async.ffi.cuda import KernelArgument, Kernels
 from kt_async.model.ops import AttentionShape, Routing
 
 MAX_GEMV_ROWS = 16  # of one launch
+_MIN_DENSE_ROWS = 256
 _MAX_LOGIT_ROWS = 64  # that are multiplied like decode rows, whatever the step
 _GEMV_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # kernels that exist
 _THREADS = 256
 _WARP = 32
 _MAX_GROUP = 3  # matrices of one launch
-_ROUTER_THREADS = 128
 
 _I32 = ctypes.c_int32
 _I64 = ctypes.c_int64
@@ -57,7 +59,7 @@ class RoutedExperts(Protocol):
         ids: torch.Tensor,
         weights: torch.Tensor,
         names: tuple[str, str, str],
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Rows:
         """residual + sum of the experts' outputs, f32 [T, H]."""
 
 
@@ -90,6 +92,7 @@ class CudaOps:
     decode_attention: DecodeAttention | None = None
     step: StepTensors | None = None
     few: bool = False
+    router: Router = field(default_factory=Router)
     _frequencies: dict[int, tuple[torch.Tensor, float]] = field(default_factory=dict)
 
     def has(self, weight: str) -> bool:
@@ -124,27 +127,46 @@ class CudaOps:
         return Rows(x, cols)
 
     def rms_norm(self, x: Rows, weight: str, eps: float) -> Rows:
-        assert x.f32 is not None
-        rows = x.count
-        out = self.prepared(rows, x.width, f32=True)
+        out = self.prepared(x.count, x.width, f32=True)
         vector = self._tensor(weight)
-        self._launch(
-            "rms_norm",
-            (rows, 1),
-            min(1024, max(_WARP, x.width // 2 // _WARP * _WARP)),
-            [
-                _PTR(x.f32.data_ptr()),
-                _PTR(vector.data_ptr()),
-                _F32(eps),
-                _I32(x.width),
-                prepared_arg(out),
-            ],
-        )
+        if x.sum_of is not None:
+            assert x.f32 is not None
+            add_experts_and_norm(self, x.sum_of, x.f32, vector, eps, out)
+            x.sum_of = None
+            return out
+        out.norm_of = NormOf(x, vector, eps)
+        if not self.few:
+            self.settle(out)
         return out
+
+    def settle(self, x: Rows) -> None:
+        """Launch what x still waits for."""
+        if x.sum_of is not None:
+            assert x.f32 is not None
+            add_experts(self, x.sum_of, x.f32)
+            x.sum_of = None
+        norm, x.norm_of = x.norm_of, None
+        if norm is not None:
+            self.settle(norm.x)
+            self._launch(
+                "rms_norm",
+                (x.count, 1),
+                min(1024, max(_WARP, x.width // 2 // _WARP * _WARP)),
+                [
+                    _PTR(address(norm.x.f32)),
+                    _PTR(norm.weight.data_ptr()),
+                    _F32(norm.eps),
+                    _I32(x.width),
+                    prepared_arg(x),
+                ],
+            )
 
     def linear(
         self, x: Rows, weight: str, *, bias: str | None = None, residual: Rows | None = None
     ) -> Rows:
+        self.settle(x)
+        if residual is not None:
+            self.settle(residual)
         matrix = self.weights[weight]
         bias_vector = None if bias is None else self._tensor(bias)
         added = None if residual is None else residual.f32
@@ -161,6 +183,7 @@ class CudaOps:
     def linears(
         self, x: Rows, weights: Sequence[str], biases: Sequence[str | None] | None = None
     ) -> list[Rows]:
+        self.settle(x)
         names = biases or [None] * len(weights)
         matrices = [self.weights[w] for w in weights]
         packed = [m for m in matrices if isinstance(m, PackedMatrix)]
@@ -231,20 +254,27 @@ class CudaOps:
         down: str,
         beside: Callable[[Rows], Rows] | None = None,
     ) -> Rows:
-        assert x.f32 is not None
-        logits = self._router_logits(x.f32, self._tensor(router).view(-1, x.width))
-        ids, weights = self.route(logits, routing, routing.selection_bias)
-        base = residual.f32 if residual is not None else torch.zeros_like(x.f32)
-        assert base is not None
+        name = routing.selection_bias
+        bias = None if name is None else self._tensor(name)
+        matrix = self._tensor(router).view(-1, x.width)
+        ids, weights = self.router(self, x, matrix, routing, bias)
+        if residual is None:
+            residual = Rows(torch.zeros((x.count, x.width), device="cuda"), x.width)
+        self.settle(residual)
+        assert residual.f32 is not None
         backend, names = self.experts_backend, (gate, up, down)
-        if beside is None:
-            return Rows(backend(self, x, base, ids, weights, names), x.width)
-        if not isinstance(backend, OverlappedExperts) or not backend.overlaps(names):
-            return beside(Rows(backend(self, x, base, ids, weights, names), x.width))
-        backend.ask(self, x, ids, weights, names)
-        added = beside(Rows(base, x.width)).f32
-        assert added is not None
-        return Rows(backend.take(self, added, names), x.width)
+        if (
+            beside is not None
+            and isinstance(backend, OverlappedExperts)
+            and backend.overlaps(names)
+        ):
+            backend.ask(self, x, ids, weights, names)
+            added = beside(residual).f32
+            assert added is not None
+            return Rows(backend.take(self, added, names), x.width)
+        made = backend(self, x, residual.f32, ids, weights, names)
+        out = made if isinstance(made, Rows) else Rows(made, x.width)
+        return out if beside is None else beside(out)
 
     def silu_mul(self, gate: Rows, up: Rows) -> Rows:
         out = self.prepared(gate.count, gate.width, f32=True)
@@ -262,11 +292,14 @@ class CudaOps:
         return out
 
     def add(self, a: Rows, b: Rows) -> Rows:
+        self.settle(a)
+        self.settle(b)
         assert a.f32 is not None
         assert b.f32 is not None
         return Rows(a.f32 + b.f32, a.width)
 
     def gate_add(self, residual: Rows, gate: Rows, x: Rows) -> Rows:
+        self.settle(residual)
         assert residual.f32 is not None
         assert gate.f32 is not None
         assert x.f32 is not None
@@ -277,38 +310,11 @@ class CudaOps:
         step = self._step()
         if step.is_decode:
             return x
+        self.settle(x)
         self.few = len(step.logit_tokens) <= _MAX_LOGIT_ROWS
         return Rows(x.f32[step.logit_tokens], x.width)
 
     # ---- pieces that expert backends use too
-
-    def route(
-        self, logits: torch.Tensor, routing: Routing, selection_bias: str | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids int32 [T, K] and weights f32 [T, K]."""
-        rows, experts = logits.shape
-        ids = torch.empty((rows, routing.top_k), dtype=torch.int32, device="cuda")
-        weights = self._empty(rows, routing.top_k)
-        arg = RoutingArg(
-            experts,
-            routing.top_k,
-            int(routing.scoring == "sigmoid"),
-            int(routing.norm_topk),
-            routing.groups,
-            routing.groups_used,
-            int(routing.group_sum_of_two),
-            routing.scale,
-            self._vector(selection_bias),
-        )
-        arguments = [
-            _PTR(logits.data_ptr()),
-            arg,
-            _PTR(ids.data_ptr()),
-            _PTR(weights.data_ptr()),
-        ]
-        shared = 4 * (2 * experts + max(routing.groups, 1))
-        self._launch("route", (rows, 1), _WARP, arguments, shared)
-        return ids, weights
 
     def quantized(self, x: Rows) -> ActsArg:
         """The int8 form of x, made when it is missing."""
@@ -325,6 +331,17 @@ class CudaOps:
             x.bf16 = x.f32.to(torch.bfloat16)
         return x.bf16
 
+    def multiply_prompts(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x @ weight^T. Few rows are padded: cuBLAS then adds every row up in one order.
+
+        Below some hundred rows it splits the columns of some shapes between blocks; tests/gpu
+        checks that prompts give the same text alone and together.
+        """
+        rows = len(x)
+        if rows < _MIN_DENSE_ROWS:
+            x = torch.nn.functional.pad(x, (0, 0, 0, _MIN_DENSE_ROWS - rows))
+        return torch.nn.functional.linear(x, weight)[:rows]
+
     def dequantize(self, matrix: PackedMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
         """bf16 [experts, rows, cols]."""
         shape = (matrix.num_experts, matrix.arg.rows, matrix.arg.cols)
@@ -335,23 +352,6 @@ class CudaOps:
         return out
 
     # ---- internals
-
-    def _router_logits(self, x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
-        """f32 [T, E]; few rows in our own kernel, whose sums do not depend on their number."""
-        if not self.few:
-            return torch.nn.functional.linear(x, router)
-        experts, cols = router.shape
-        logits = self._empty(len(x), experts)
-        arguments = [
-            _PTR(x.data_ptr()),
-            _PTR(router.data_ptr()),
-            _I32(cols),
-            _I32(experts),
-            _PTR(logits.data_ptr()),
-        ]
-        warps = _ROUTER_THREADS // _WARP
-        self._launch("router_logits", (-(-experts // warps), len(x)), _ROUTER_THREADS, arguments)
-        return logits
 
     def _gemv(
         self,
@@ -401,9 +401,9 @@ class CudaOps:
         """x @ dense^T as f32, in the weights' own precision."""
         if dense.dtype == torch.float32:
             source = x.f32 if x.f32 is not None else self.as_bf16(x).float()
-            return torch.nn.functional.linear(source, dense)
-        source = self.as_bf16(x).to(dense.dtype)
-        return torch.nn.functional.linear(source, dense).float()
+        else:
+            source = self.as_bf16(x).to(dense.dtype)
+        return self.multiply_prompts(source, dense).float()
 
     def prepared(self, rows: int, width: int, *, f32: bool, q: bool | None = None) -> Rows:
         """Room for a value; the int8 form when few rows will want it."""
@@ -471,6 +471,7 @@ class CudaOps:
         grid: tuple[int, int],
         arguments: Sequence[KernelArgument],
         block: int = _THREADS,
+        shared_bytes: int = 0,
     ) -> None:
-        """For expert backends: a kernel on the current stream."""
-        self._launch(name, grid, block, arguments)
+        """A kernel on the current stream."""
+        self._launch(name, grid, block, arguments, shared_bytes)

@@ -163,6 +163,23 @@ class CudaRunner:
         logits: npt.NDArray[np.float32] = self._logits[:count].cpu().numpy()
         return logits
 
+    def graph_seconds(self, rows: int, repeats: int = 20) -> float | None:
+        """GPU time of a decode step of the last shape, replayed without a host; for benchmarks.
+
+        None when a CPU takes part or no graph has these rows.
+        """
+        graph = self._graphs.get(rows)
+        if graph is None or isinstance(self._decode_experts, HandoffExperts):
+            return None
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(self._stream):
+            begin.record()
+            for _ in range(repeats):
+                graph.graph.replay()
+            end.record()
+        self._stream.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3 / repeats
+
     def stats(self) -> dict[str, float]:
         return dict(self._stats)
 

@@ -29,9 +29,31 @@ class FloatMatrix:
 Weight = PackedMatrix | FloatMatrix | torch.Tensor  # a tensor is an f32 vector
 
 
+@dataclass(frozen=True, slots=True)
+class NormOf:
+    """A norm that was not launched yet: the kernel that needs its result may do it too."""
+
+    x: Rows
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSum:
+    """residual [T, H] + sum over k of weights[t, k] * partial[t * K + k]: not launched yet."""
+
+    partial: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    residual: torch.Tensor
+
+
 @dataclass(slots=True)
 class Rows:
-    """A [rows, width] value in the forms that somebody needed so far."""
+    """A [rows, width] value in the forms that somebody needed so far.
+
+    norm_of, sum_of: what its forms will be once somebody launches it (CudaOps.settle).
+    """
 
     f32: torch.Tensor | None
     width: int
@@ -39,6 +61,8 @@ class Rows:
     q: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     sum16: torch.Tensor | None = None
+    norm_of: NormOf | None = None
+    sum_of: ExpertSum | None = None
 
     @property
     def count(self) -> int:

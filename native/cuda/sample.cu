@@ -1,7 +1,8 @@
-// sample.cu: logits -> token ids on the GPU, one block of 1024 threads per logit row.
-// Follows step.cu in one NVRTC compilation. The rules are those of the CPU sampler
-// (native/src/model/sampler.h): bias and penalties, temperature, top_k, top_p, min_p, a counter-
-// based draw; log-probabilities are those of the raw logits.
+// sample.cu: logits -> token ids on the GPU, kSampleBlocks blocks of 1024 threads per logit row,
+// the last of which to arrive decides. Rows that only want the largest logit share its search, what
+// others want is done by that one block. Follows step.cu in one NVRTC compilation. The rules are
+// those of the CPU sampler (native/src/model/sampler.h): bias and penalties, temperature, top_k,
+// top_p, min_p, a counter- based draw; log-probabilities are those of the raw logits.
 
 typedef unsigned long long u64;
 
@@ -14,6 +15,7 @@ struct SampleParams {
 };
 
 constexpr int kSampleThreads = 1024;
+constexpr int kSampleBlocks = 16;  // of one row
 constexpr int kMaxLogprobs = 20;
 constexpr float kNone = -3.4e38f;
 
@@ -36,14 +38,15 @@ __device__ __forceinline__ float block_max(float v) {
   return result;
 }
 
-// Largest value and its lowest index among values below (bound, bound_at) in that order.
-__device__ __forceinline__ void block_argmax(const float* values, int n, float bound, int bound_at,
-                                             float& best, int& at) {
+// Largest value and its lowest index among values[first .. n) below (bound, bound_at) in that
+// order.
+__device__ __forceinline__ void block_argmax(const float* values, int first, int n, float bound,
+                                             int bound_at, float& best, int& at) {
   __shared__ float best_of[32];
   __shared__ int at_of[32];
   best = kNone;
   at = n;
-  for (int i = threadIdx.x; i < n; i += kSampleThreads) {
+  for (int i = first + threadIdx.x; i < n; i += kSampleThreads) {
     const float v = values[i];
     const bool open = v < bound || (v == bound && i > bound_at);
     if (open && v > best) {
@@ -92,18 +95,13 @@ __device__ __forceinline__ float uniform(u64 seed, u32 position) {
   return (c[0] >> 8) * (1.0f / 16777216.0f);
 }
 
-// Sum and count of probabilities >= bound.
-__device__ __forceinline__ void mass_from(const float* p, int n, float bound, float& sum,
-                                          float& count) {
-  float s = 0.0f, c = 0.0f;
+// Sum (or, by_count, number) of probabilities >= bound.
+__device__ __forceinline__ float mass_from(const float* p, int n, float bound, bool by_count) {
+  float sum = 0.0f;
   for (int i = threadIdx.x; i < n; i += kSampleThreads) {
-    if (p[i] >= bound) {
-      s += p[i];
-      c += 1.0f;
-    }
+    sum += p[i] >= bound ? (by_count ? 1.0f : p[i]) : 0.0f;
   }
-  sum = block_sum(s);
-  count = block_sum(c);
+  return block_sum(sum);
 }
 
 // Largest bound whose kept set still has `mass` probability (by_count: `mass` tokens).
@@ -112,9 +110,7 @@ __device__ __forceinline__ float find_bound(const float* p, int n, float largest
   u32 low = 0, high = __float_as_uint(largest);  // positive floats order like their bits
   while (low < high) {
     const u32 middle = low + (high - low + 1) / 2;
-    float sum, count;
-    mass_from(p, n, __uint_as_float(middle), sum, count);
-    if ((by_count ? count : sum) >= mass) {
+    if (mass_from(p, n, __uint_as_float(middle), by_count) >= mass) {
       low = middle;
     } else {
       high = middle - 1;
@@ -123,18 +119,175 @@ __device__ __forceinline__ float find_bound(const float* p, int n, float largest
   return __uint_as_float(low);
 }
 
-// logits f32 [S, V] stay as they are; work is scratch of the same size.
+// Tokens with at least kCut times the largest probability, in id order: where few tokens hold what
+// top_k, top_p or min_p can keep, everything after one pass over the vocabulary is about them.
+constexpr int kCandidates = 2048;
+constexpr float kCut = 1.0f / 8192.0f;
+struct Candidates {
+  float p[kCandidates];
+  int id[kCandidates];
+  int before[kSampleThreads / kWarp];  // candidates of a warp, then of those before it
+};
+
+// z becomes exp((z - best) / temperature); the sum of all. Sets count and mass of the candidates,
+// and collects them if they fit. A warp's ids are contiguous.
+__device__ __forceinline__ float exponentiate(float* z, int n, float best, float temperature,
+                                              Candidates& c, int& count, float& mass) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / kWarp;
+  constexpr int kWarps = kSampleThreads / kWarp;
+  const int width = (n + kSampleThreads - 1) / kSampleThreads * kWarp;
+  const int first = min(warp * width, n), end = min(first + width, n);
+  float sum = 0.0f, above = 0.0f;
+  int mine = 0;
+  for (int i = first + lane; i < end; i += kWarp) {
+    const float p = expf((z[i] - best) / temperature);
+    z[i] = p;
+    sum += p;
+    above += p >= kCut ? p : 0.0f;
+    mine += p >= kCut;
+  }
+#pragma unroll
+  for (int s = 16; s > 0; s >>= 1) {
+    mine += __shfl_xor_sync(~0u, mine, s);
+  }
+  if (lane == 0) {
+    c.before[warp] = mine;
+  }
+  sum = block_sum(sum);
+  mass = block_sum(above);
+  int start = 0;
+  count = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    start += w < warp ? c.before[w] : 0;
+    count += c.before[w];
+  }
+  if (count <= kCandidates && mine > 0) {
+    for (int base = first; base < end; base += kWarp) {
+      const int i = base + lane;
+      const float p = i < end ? z[i] : 0.0f;
+      const u32 chosen = __ballot_sync(~0u, p >= kCut);
+      if (p >= kCut) {
+        const int at = start + __popc(chosen & ((1u << lane) - 1));
+        c.p[at] = p;
+        c.id[at] = i;
+      }
+      start += __popc(chosen);
+    }
+  }
+  __syncthreads();
+  return sum;
+}
+
+// The index whose share of [0, sum of p >= bound) holds `wanted`: inverse of the cumulative sum in
+// index order. The last kept one when rounding leaves none.
+__device__ __forceinline__ int draw(const float* p, int n, float bound, float wanted) {
+  __shared__ float warp_sums[kSampleThreads / kWarp];
+  __shared__ int found, last;
+  const int t = threadIdx.x, lane = t & 31;
+  const int width = (n + kSampleThreads - 1) / kSampleThreads;
+  const int first = min(t * width, n), end = min(first + width, n);
+  float mine = 0.0f;
+  for (int i = first; i < end; ++i) {
+    mine += p[i] >= bound ? p[i] : 0.0f;
+  }
+  float upto = mine;
+#pragma unroll
+  for (int step = 1; step < kWarp; step <<= 1) {
+    const float left = __shfl_up_sync(~0u, upto, step);
+    upto += lane >= step ? left : 0.0f;
+  }
+  if (lane == kWarp - 1) {
+    warp_sums[t / kWarp] = upto;
+  }
+  if (t == 0) {
+    found = kSampleThreads;
+    last = 0;
+  }
+  __syncthreads();
+  float before = upto - mine;
+  for (int w = 0; w < t / kWarp; ++w) {
+    before += warp_sums[w];
+  }
+  if (mine > 0.0f) {
+    atomicMax(&last, t);
+    if (before + mine > wanted) {
+      atomicMin(&found, t);
+    }
+  }
+  __syncthreads();
+  const bool is_beyond = found == kSampleThreads;
+  const int slice = is_beyond ? last : found;
+  __syncthreads();
+  if (t == slice) {
+    int pick = first;
+    for (int i = first; i < end; ++i) {
+      if (p[i] < bound || p[i] <= 0.0f) {
+        continue;
+      }
+      pick = i;
+      before += p[i];
+      if (!is_beyond && before > wanted) {
+        break;
+      }
+    }
+    found = pick;
+  }
+  __syncthreads();
+  return found;
+}
+
+// What the blocks of a row leave for the last of them.
+struct SampleShares {
+  float* best;   // [S, kSampleBlocks]
+  int* at;       // [S, kSampleBlocks]
+  u32* arrived;  // [S], zero between launches
+};
+
+// logits f32 [S, V] stay as they are; work is scratch of the same size. grid = (kSampleBlocks, S).
 extern "C" __global__ void __launch_bounds__(kSampleThreads)
     sample(const float* logits, float* work, int vocab, int sample_vocab,
            const SampleParams* params, const int* bias_ids, const float* bias_values,
-           const int* history_ids, const int* history_counts, int* tokens, float* logprobs,
-           int* top_ids, float* top_logprobs) {
+           const int* history_ids, const int* history_counts, SampleShares shares, int* tokens,
+           float* logprobs, int* top_ids, float* top_logprobs) {
+  __shared__ int is_last;
   release_next();
+  const int row = blockIdx.y, t = threadIdx.x;
+  const SampleParams p = params[row];
+  const float* raw = logits + (i64)row * vocab;
+  float* z = work + (i64)row * vocab;
+  const bool is_plain = p.temperature <= 0.0f && p.num_logprobs < 0 && p.target < 0 &&
+                        p.history_count == 0 && p.bias_count == 0;
+  float best;
+  int token;
   wait_for_previous();
-  const SampleParams p = params[blockIdx.x];
-  const float* raw = logits + (i64)blockIdx.x * vocab;
-  float* z = work + (i64)blockIdx.x * vocab;
-  const int t = threadIdx.x;
+  if (is_plain) {
+    const int width = (sample_vocab + kSampleBlocks - 1) / kSampleBlocks;
+    const int first = blockIdx.x * width;
+    block_argmax(raw, first, min(first + width, sample_vocab), 3.4e38f, -1, best, token);
+    if (t == 0) {
+      shares.best[row * kSampleBlocks + blockIdx.x] = best;
+      shares.at[row * kSampleBlocks + blockIdx.x] = token;
+    }
+  }
+  if (!last_block(shares.arrived + row, kSampleBlocks, &is_last)) {
+    return;
+  }
+  if (is_plain) {
+    if (t == 0) {
+      best = kNone;
+      token = 0;  // logits that are no numbers give a token nevertheless
+      for (int i = 0; i < kSampleBlocks; ++i) {  // in id order: the lowest of equals wins
+        const float v = __ldcg(shares.best + row * kSampleBlocks + i);
+        if (v > best) {
+          best = v;
+          token = __ldcg(shares.at + row * kSampleBlocks + i);
+        }
+      }
+      tokens[row] = token;
+      logprobs[row] = best;
+    }
+    return;
+  }
   float normaliser = 0.0f;
   if (p.num_logprobs >= 0 || p.target >= 0) {
     float largest = kNone, sum = 0.0f;
@@ -149,17 +302,17 @@ extern "C" __global__ void __launch_bounds__(kSampleThreads)
     float bound = 3.4e38f;
     int bound_at = -1;
     for (int k = 0; k < p.num_logprobs && k < kMaxLogprobs; ++k) {
-      block_argmax(raw, vocab, bound, bound_at, bound, bound_at);
+      block_argmax(raw, 0, vocab, bound, bound_at, bound, bound_at);
       if (t == 0) {
-        top_ids[blockIdx.x * kMaxLogprobs + k] = bound_at;
-        top_logprobs[blockIdx.x * kMaxLogprobs + k] = bound - normaliser;
+        top_ids[row * kMaxLogprobs + k] = bound_at;
+        top_logprobs[row * kMaxLogprobs + k] = bound - normaliser;
       }
     }
   }
   if (p.target >= 0) {
     if (t == 0) {
-      tokens[blockIdx.x] = p.target;
-      logprobs[blockIdx.x] = raw[p.target] - normaliser;
+      tokens[row] = p.target;
+      logprobs[row] = raw[p.target] - normaliser;
     }
     return;
   }
@@ -187,74 +340,37 @@ extern "C" __global__ void __launch_bounds__(kSampleThreads)
     }
   }
   __syncthreads();
-  float best;
-  int token;
-  block_argmax(z, sample_vocab, 3.4e38f, -1, best, token);
+  block_argmax(z, 0, sample_vocab, 3.4e38f, -1, best, token);
   if (p.temperature > 0.0f) {
-    float sum = 0.0f;
-    for (int i = t; i < sample_vocab; i += kSampleThreads) {
-      z[i] = expf((z[i] - best) / p.temperature);
-      sum += z[i];
-    }
-    sum = block_sum(sum);
+    __shared__ Candidates candidates;
+    int count;
+    float mass;
+    const float sum = exponentiate(z, sample_vocab, best, p.temperature, candidates, count, mass);
+    const bool has_top_k = p.top_k > 0 && p.top_k < sample_vocab;
+    // Whether the bound is certain to be kCut or more, so that no other token can be kept.
+    const bool is_enough = has_top_k        ? count >= p.top_k
+                           : p.top_p < 1.0f ? mass >= sum * p.top_p
+                                            : p.min_p >= kCut;
+    const bool is_short = count <= kCandidates && is_enough;
+    const float* from = is_short ? candidates.p : z;
+    const int n = is_short ? count : sample_vocab;
     float bound = 0.0f;
-    if (p.top_k > 0 && p.top_k < sample_vocab) {
-      bound = find_bound(z, sample_vocab, 1.0f, (float)p.top_k, true);
+    if (has_top_k) {
+      bound = find_bound(from, n, 1.0f, (float)p.top_k, true);
     }
     if (p.top_p < 1.0f) {
-      float kept, count;
-      mass_from(z, sample_vocab, bound, kept, count);
-      bound = fmaxf(bound, find_bound(z, sample_vocab, 1.0f, kept * p.top_p, false));
+      const float kept = has_top_k ? mass_from(from, n, bound, false) : sum;
+      bound = fmaxf(bound, find_bound(from, n, 1.0f, kept * p.top_p, false));
     }
     bound = fmaxf(bound, p.min_p);
-    float kept, count;
-    mass_from(z, sample_vocab, bound, kept, count);
-    const float wanted = uniform(p.seed, (u32)p.position) * kept;
-    // Inverse of the cumulative sum in id order: slices per thread, then inside one slice.
-    __shared__ float slice_sum[kSampleThreads];
-    __shared__ int found;
-    const int width = (sample_vocab + kSampleThreads - 1) / kSampleThreads;
-    const int first = min(t * width, sample_vocab), end = min(first + width, sample_vocab);
-    float mine = 0.0f;
-    for (int i = first; i < end; ++i) {
-      mine += z[i] >= bound ? z[i] : 0.0f;
+    const float wanted = uniform(p.seed, (u32)p.position) * mass_from(from, n, bound, false);
+    token = draw(from, n, bound, wanted);
+    if (is_short) {
+      token = candidates.id[token];
     }
-    slice_sum[t] = mine;
-    __syncthreads();
-    if (t == 0) {
-      float before = 0.0f;
-      int slice = 0, last = 0;
-      for (; slice < kSampleThreads; ++slice) {
-        if (slice_sum[slice] > 0.0f) {
-          last = slice;
-        }
-        if (slice_sum[slice] > 0.0f && before + slice_sum[slice] > wanted) {
-          break;
-        }
-        before += slice_sum[slice];
-      }
-      if (slice == kSampleThreads) {  // rounding at the end: the last kept token
-        slice = last;
-        before = kNone;
-      }
-      int pick = -1;
-      for (int i = slice * width; i < min((slice + 1) * width, sample_vocab); ++i) {
-        if (z[i] < bound || z[i] <= 0.0f) {
-          continue;
-        }
-        pick = i;
-        before += z[i];
-        if (before > wanted) {
-          break;
-        }
-      }
-      found = pick;
-    }
-    __syncthreads();
-    token = found;
   }
   if (t == 0) {
-    tokens[blockIdx.x] = token;
-    logprobs[blockIdx.x] = raw[token] - normaliser;
+    tokens[row] = token;
+    logprobs[row] = raw[token] - normaliser;
   }
 }

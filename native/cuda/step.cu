@@ -38,6 +38,21 @@ __device__ __forceinline__ float block_sum(float v) {
   return result;
 }
 
+// Whether this block is the last of `blocks` to come here; resets the counter.
+__device__ __forceinline__ bool last_block(u32* arrived, int blocks, int* is_last) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    *is_last = atomicAdd(arrived, 1u) == blocks - 1;
+    if (*is_last) {
+      *arrived = 0;
+    }
+  }
+  __syncthreads();
+  __threadfence();
+  return *is_last != 0;
+}
+
 __device__ __forceinline__ u16 to_bf16(float f) { return (u16)bf16_pair(f, 0.0f); }
 
 // Where a row of activations goes; unused targets are null.

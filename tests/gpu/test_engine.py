@@ -143,12 +143,13 @@ def test_graphs_give_the_logits_of_eager_steps(folder: Path, type_name: str) -> 
     assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("type_name", ["Q8_0", "Q4_K"])
 def test_requests_that_join_others_give_the_text_of_each_alone(
-    folder: Path, type_name: str, seed: int
+    folder: Path, type_name: str, seed: int, at_once: bool
 ) -> None:
-    """Prompts arrive while others decode; 24 rows are more than one launch takes."""
+    """All at once, or each while others decode; 24 rows are more than one launch takes."""
     path = checkpoint(folder, type_name)
     prompts = [prompt(20 + 11 * i, seed=100 * seed + i) for i in range(24)]
     made = engine(path, experts_in_vram=True, use_graphs=True, max_batch_size=24, chunk_size=512)
@@ -156,9 +157,11 @@ def test_requests_that_join_others_give_the_text_of_each_alone(
         alone = [made.generate([p], 24)[0] for p in prompts]
         ids, texts = [], {}
         while len(ids) < len(prompts) or made.scheduler.stats()["num_running"]:
-            if len(ids) < len(prompts):
+            while len(ids) < len(prompts):
                 request = GenerationRequest("test", prompts[len(ids)], 24, GREEDY)
                 ids.append(made.submit(request))
+                if not at_once:
+                    break
             for seq_id, kind, _finish, token, *_ in made.step():
                 if kind == structs.KT_EVENT_TOKEN:
                     texts.setdefault(seq_id, []).append(token)
@@ -221,6 +224,40 @@ def test_seeded_sampling_repeats_and_respects_top_k(folder: Path) -> None:
     assert again == first
     assert single == greedy  # the likeliest token is all that top_k = 1 leaves
     assert first != greedy
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "kept", [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 40, "top_p": 0.95}]
+)
+def test_sampled_tokens_are_among_the_kept_and_as_frequent(
+    folder: Path, temperature: float, kept: dict[str, Any]
+) -> None:
+    """The first token of many seeds against the distribution that the logits give."""
+    path = checkpoint(folder, "Q8_0")
+    made = engine(path, experts_in_vram=True, max_batch_size=64, chunk_size=512)
+    try:
+        params = [SamplingParams(temperature=temperature, seed=seed, **kept) for seed in range(256)]
+        drawn: list[int] = []
+        for param in params:
+            made.submit(GenerationRequest("test", prompt(8), 1, param))
+        while len(drawn) < len(params):
+            drawn.extend(e[3] for e in made.step() if e[1] == structs.KT_EVENT_TOKEN)
+        logits = made.runner.read_logits(1)[0].astype(np.float64)
+    finally:
+        made.close()
+    p = np.exp((logits - logits.max()) / temperature)
+    order = np.argsort(-p)
+    count = kept.get("top_k", len(p))
+    total = p[order[:count]].cumsum()
+    if "top_p" in kept:
+        count = int(np.searchsorted(total, kept["top_p"] * total[-1] * (1 - 1e-5))) + 1
+    chosen = set(order[:count].tolist()) & set(np.flatnonzero(p >= kept.get("min_p", 0)).tolist())
+    assert set(drawn) <= chosen
+    share = p[sorted(chosen)] / p[sorted(chosen)].sum()
+    seen = np.array([drawn.count(i) for i in sorted(chosen)]) / len(drawn)
+    # Total variation between 256 draws and their law is about sqrt(tokens / 256) / 2 at most.
+    assert np.abs(seen - share).sum() / 2 < 0.7 * (len(chosen) / 256) ** 0.5 + 0.03
 
 
 def test_pages_come_back_from_host_memory(folder: Path) -> None:
