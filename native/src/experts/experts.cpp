@@ -10,11 +10,21 @@ namespace kt {
 namespace {
 
 // Cost of a task on an expert's rows, in arbitrary units: reading the weights dominates for few
-// rows, arithmetic for many. A prompt row costs a seventh, after the weights have been decoded.
+// rows, arithmetic for many. A prompt row costs a seventh, after the weights have been decoded (by
+// the time of 33 such rows).
 int64_t unit_cost(const Grouping& g, int32_t expert) {
   const int32_t prompt = g.prompt[expert];
   const int32_t others = g.start[expert + 1] - g.start[expert] - prompt;
-  return 8 + others + (prompt == 0 ? 0 : (others == 0 ? 0 : 6) + prompt / 7);
+  return (others == 0 ? 0 : 8 + others) + (prompt == 0 ? 0 : 5 + prompt / 7);
+}
+
+bool has_prompts(const Grouping& g) {
+  for (int32_t i = 0; i < g.num_active; ++i) {
+    if (g.prompt[g.active[i]] > 0) {
+      return true;
+    }
+  }
+  return false;
 }
 
 // Calls body(expert, first, last, next) for the units of a piece [lo, hi) of the cost axis on which
@@ -75,9 +85,15 @@ void finish_up(const UpTask& task, int32_t at, int32_t m, int64_t unit, bool is_
   const int32_t first_band = task.job.weights.gate->parts[task.part].first_band;
   const auto column = static_cast<int32_t>((first_band + 2 * unit) * kBandRows);
   const int32_t columns = std::min(kUnitRows, down.cols - column);
+  const bool whole = columns == kUnitRows;  // rows lie next to each other
+  if (whole) {
+    task.job.vector->silu_mul(task.gate_out(), task.up_out(), m * kUnitRows, task.gate_out());
+  }
   for (int32_t i = 0; i < m; ++i) {
     float* row = task.gate_out() + i * kUnitRows;
-    task.job.vector->silu_mul(row, task.up_out() + i * kUnitRows, columns, row);
+    if (!whole) {
+      task.job.vector->silu_mul(row, task.up_out() + i * kUnitRows, columns, row);
+    }
     task.job.matrix->prepare(form_of(down.act, is_prompt), row, down.cols, column, columns,
                              task.buffers.mid + (at + i) * stride);
   }
@@ -106,6 +122,19 @@ void up_unit(const UpTask& task, int64_t unit, int32_t first, int32_t last, bool
   }
 }
 
+// Brings a share of the next expert's prompt rows into this core's cache.
+void fetch_rows(const UpTask& task, int64_t share, int64_t shares) {
+  const Grouping& g = task.grouping();
+  const Range mine = split(g.prompt[task.next_expert], share, shares);
+  for (int64_t i = mine.first; i < mine.last; ++i) {
+    const int32_t token = g.tokens[g.start[task.next_expert] + i];
+    const uint8_t* row = task.job.x + token * task.job.x_stride;
+    for (int32_t at = 0; at < 2 * task.gate().cols; at += 64) {
+      __builtin_prefetch(row + at, 0, 2);
+    }
+  }
+}
+
 // Units [first, last) for prompt tokens: as many rows as fit are copied together once for all
 // units.
 void up_prompt(const UpTask& task, int64_t first, int64_t last) {
@@ -125,6 +154,9 @@ void up_prompt(const UpTask& task, int64_t first, int64_t last) {
                   static_cast<size_t>(2 * task.gate().cols));
     }
     for (int64_t unit = first; unit < last; ++unit) {
+      if (block == 0 && task.next_expert >= 0) {
+        fetch_rows(task, unit - first, last - first);
+      }
       const auto band = static_cast<int32_t>(2 * unit);
       const int32_t bands = std::min(2, task.gate().num_bands - band);
       job.matrix->multiply_prompt(task.gate(), task.expert, band, bands, rows, stride, m,
@@ -153,67 +185,153 @@ void up_units(const UpTask& task, int64_t first, int64_t last) {
   }
 }
 
-// Bands [first, last) of a part's down matrix for all experts, in id order.
-void down_bands(const ExpertJob& job, ExpertBuffers& buffers, int32_t worker, size_t p,
-                int64_t first, int64_t last) {
-  const Weight& down = *job.weights.down;
-  const WeightPart& part = down.parts[p];
-  const int64_t mid_stride = act_row_bytes(down.act, down.cols);
-  const auto w = static_cast<size_t>(worker);
-  const Grouping& g = buffers.groupings[w];
-  float* temp = buffers.temps[w];
-  const int64_t column = (part.first_band + first) * kBandRows;
-  const int64_t columns = std::min<int64_t>((last - first) * kBandRows, down.rows - column);
+// What phase 2 on bands [first, last) of one part needs. out: where the first band's column of
+// token 0 is summed up.
+struct DownTask {
+  const ExpertJob& job;
+  ExpertBuffers& buffers;
+  size_t worker;
+  size_t part;
+  int64_t first;
+  int64_t last;
+  float* out;
+  int64_t out_stride;
+
+  const Weight& down() const { return *job.weights.down; }
+  const Matrix& matrix() const { return down().parts[part].matrix; }
+  const Grouping& grouping() const { return buffers.groupings[worker]; }
+  int64_t column() const { return (down().parts[part].first_band + first) * kBandRows; }
+  int64_t columns() const {
+    return std::min<int64_t>((last - first) * kBandRows, down().rows - column());
+  }
+  int64_t mid_stride() const { return act_row_bytes(down().act, down().cols); }
+  // The band that follows `band` - 1: of active expert i, or of the next one; or nullptr.
+  const uint8_t* band_after(int64_t band, int32_t i) const {
+    if (band < last) {
+      return band_at(matrix(), grouping().active[i], static_cast<int32_t>(band));
+    }
+    const bool is_last = i + 1 == grouping().num_active;
+    return is_last ? nullptr
+                   : band_at(matrix(), grouping().active[i + 1], static_cast<int32_t>(first));
+  }
+};
+
+// Adds the sums of m pairs and of `count` bands to their tokens.
+void add_bands(const DownTask& task, int32_t at, int32_t m, int64_t band, int32_t count,
+               int32_t stride) {
+  const Grouping& g = task.grouping();
+  for (int32_t b = 0; b < count; ++b) {
+    const int64_t to = (band + b - task.first) * kBandRows;
+    const auto rows = static_cast<int32_t>(std::min<int64_t>(kBandRows, task.columns() - to));
+    task.job.vector->add_band(task.out + to, task.out_stride, g.tokens + at, g.weights + at,
+                              task.buffers.temps[task.worker] + b * kBandRows, stride, m, rows);
+  }
+}
+
+// Prompt pairs of active expert i. Meanwhile the next expert's rows, which other workers have made,
+// are brought into this core's cache.
+void down_prompt(const DownTask& task, int32_t i) {
+  const Grouping& g = task.grouping();
+  const int64_t stride = task.mid_stride();
+  const int32_t start = g.start[g.active[i]], count = g.prompt[g.active[i]];
+  const uint8_t* ahead = nullptr;
+  int64_t ahead_bytes = 0;
+  if (i + 1 < g.num_active) {
+    const int32_t next = g.active[i + 1];
+    ahead = task.buffers.mid + g.start[next] * stride;
+    ahead_bytes = std::min<int64_t>(g.prompt[next] * stride, kGatherBytes);
+  }
+  const int64_t blocks = (count + kPromptRows - 1) / kPromptRows;
+  const int64_t pairs = (task.last - task.first + 1) / 2;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Range mine = split(count, block, blocks);
+    const auto at = static_cast<int32_t>(start + mine.first);
+    const auto m = static_cast<int32_t>(mine.last - mine.first);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      if (block == 0) {
+        const Range lines = split(ahead_bytes / 64, pair, pairs);
+        for (int64_t line = lines.first; line < lines.last; ++line) {
+          __builtin_prefetch(ahead + 64 * line, 0, 2);
+        }
+      }
+      const int64_t band = task.first + 2 * pair;
+      const auto bands = static_cast<int32_t>(std::min<int64_t>(2, task.last - band));
+      task.job.matrix->multiply_prompt(
+          task.matrix(), g.active[i], static_cast<int32_t>(band), bands,
+          task.buffers.mid + at * stride, stride, m, task.buffers.temps[task.worker], kUnitRows,
+          task.buffers.scratch[task.worker], task.band_after(band + 2, i));
+      add_bands(task, at, m, band, bands, kUnitRows);
+    }
+  }
+}
+
+// All experts' products with the bands of the task, in id order.
+void down_experts(const DownTask& task) {
+  const Grouping& g = task.grouping();
+  const int64_t stride = task.mid_stride();
+  for (int32_t i = 0; i < g.num_active; ++i) {
+    const int32_t expert = g.active[i];
+    const int32_t end = g.start[expert + 1];
+    int32_t at = g.start[expert];
+    if (task.down().act == kActQ8 && g.prompt[expert] > 0) {
+      down_prompt(task, i);
+      at += g.prompt[expert];
+    }
+    for (; at < end; at += kRowBlock) {
+      const int32_t m = std::min(kRowBlock, end - at);
+      for (int64_t band = task.first; band < task.last; ++band) {
+        task.job.matrix->multiply_band(
+            task.matrix(), expert, static_cast<int32_t>(band), task.buffers.mid + at * stride,
+            stride, nullptr, m, task.buffers.temps[task.worker], kBandRows,
+            task.buffers.scratch[task.worker], task.band_after(band + 1, i));
+        add_bands(task, at, m, band, 1, kBandRows);
+      }
+    }
+  }
+}
+
+// What the sums of the task's columns begin with: the residual, or 0.
+void begin_sums(const DownTask& task) {
+  const ExpertJob& job = task.job;
+  const auto bytes = static_cast<size_t>(task.columns()) * 4;
   for (int32_t t = 0; t < job.num_tokens; ++t) {
     if (job.used != nullptr && job.used[t] == 0) {
       continue;
     }
-    float* out = job.out + t * job.out_stride + column;
+    float* out = task.out + t * task.out_stride;
     if (job.residual == nullptr) {
-      std::memset(out, 0, static_cast<size_t>(columns) * 4);
-    } else if (job.residual != job.out) {
-      std::memcpy(out, job.residual + t * job.residual_stride + column,
-                  static_cast<size_t>(columns) * 4);
+      std::memset(out, 0, bytes);
+    } else if (const float* from = job.residual + t * job.residual_stride + task.column();
+               from != out) {
+      std::memcpy(out, from, bytes);
     }
   }
-  const auto add_bands = [&](int32_t at, int32_t m, int64_t band, int32_t count, int32_t stride) {
-    for (int32_t b = 0; b < count; ++b) {
-      const int64_t to = (part.first_band + band + b) * kBandRows;
-      const auto rows = static_cast<int32_t>(std::min<int64_t>(kBandRows, down.rows - to));
-      job.vector->add_band(job.out + to, job.out_stride, g.tokens + at, g.weights + at,
-                           temp + b * kBandRows, stride, m, rows);
-    }
-  };
-  for (int32_t i = 0; i < g.num_active; ++i) {
-    const int32_t expert = g.active[i];
-    const auto after = [&](int64_t band) -> const uint8_t* {
-      if (band < last) {
-        return band_at(part.matrix, expert, static_cast<int32_t>(band));
-      }
-      const bool is_last = i + 1 == g.num_active;
-      return is_last ? nullptr : band_at(part.matrix, g.active[i + 1], static_cast<int32_t>(first));
-    };
-    const int32_t end = g.start[expert + 1];
-    int32_t at = g.start[expert];
-    const int32_t others = at + (down.act == kActQ8 ? g.prompt[expert] : 0);
-    for (; at < others;) {
-      const int32_t m = std::min(kPromptRows, others - at);
-      for (int64_t band = first; band < last; band += 2) {
-        const auto count = static_cast<int32_t>(std::min<int64_t>(2, last - band));
-        job.matrix->multiply_prompt(part.matrix, expert, static_cast<int32_t>(band), count,
-                                    buffers.mid + at * mid_stride, mid_stride, m, temp, kUnitRows,
-                                    buffers.scratch[w], after(band + 2));
-        add_bands(at, m, band, count, kUnitRows);
-      }
-      at += m;
-    }
-    for (; at < end; at += kRowBlock) {
-      const int32_t m = std::min(kRowBlock, end - at);
-      for (int64_t band = first; band < last; ++band) {
-        job.matrix->multiply_band(part.matrix, expert, static_cast<int32_t>(band),
-                                  buffers.mid + at * mid_stride, mid_stride, nullptr, m, temp,
-                                  kBandRows, buffers.scratch[w], after(band + 1));
-        add_bands(at, m, band, 1, kBandRows);
+}
+
+// Bands [first, last) of a part's down matrix. The sums of many tokens are kept next to each other
+// until they are complete: rows of a power of two of columns would fall into few sets of the
+// caches.
+void down_bands(const ExpertJob& job, ExpertBuffers& buffers, size_t worker, size_t p,
+                int64_t first, int64_t last) {
+  DownTask task = {job, buffers, worker, p, first, last, nullptr, 0};
+  const int64_t fit = kGatherBytes / (int64_t{job.num_tokens} * kBandRows * 4) / 2 * 2;
+  if (job.num_tokens < kCompactTokens || fit == 0) {
+    task.out = job.out + task.column();
+    task.out_stride = job.out_stride;
+    begin_sums(task);
+    down_experts(task);
+    return;
+  }
+  for (; task.first < last; task.first = task.last) {
+    task.last = std::min(task.first + fit, last);
+    task.out = reinterpret_cast<float*>(buffers.rows[worker]);
+    task.out_stride = (task.last - task.first) * kBandRows;
+    begin_sums(task);
+    down_experts(task);
+    for (int32_t t = 0; t < job.num_tokens; ++t) {
+      if (job.used == nullptr || job.used[t] != 0) {
+        std::memcpy(job.out + t * job.out_stride + task.column(), task.out + t * task.out_stride,
+                    static_cast<size_t>(task.columns()) * 4);
       }
     }
   }
@@ -248,10 +366,8 @@ void allocate_expert_buffers(Workers& workers, Arena& arena, int64_t max_pairs, 
     grouping.weights = arena.allocate_array<float>(max_pairs);
     buffers.groupings.push_back(grouping);
     buffers.temps.push_back(arena.allocate_array<float>(2 * kPromptRows * kUnitRows));
-    const bool gathers = matrix_kernels(workers.isa())->multiply_prompt != nullptr;
     buffers.rows.push_back(
-        gathers ? arena.allocate(std::max(kGatherBytes, act_row_bytes(kActBf16, max_cols)))
-                : nullptr);
+        arena.allocate(std::max(kGatherBytes, act_row_bytes(kActBf16, max_cols))));
     buffers.scratch.push_back(arena.allocate(multiply_scratch_bytes(max_cols)));
   }
 }
@@ -305,7 +421,7 @@ void run_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers
   const int64_t cost = total_cost(g, units);
   // Tail pieces of about one unit of an average expert; of several where a worker that takes one
   // first copies the expert's rows.
-  const bool gathers = g.num_active > 0 && g.prompt[g.active[0]] > 0;
+  const bool gathers = has_prompts(g);
   const int64_t chunk = 1 + cost / std::max<int64_t>(units * g.num_active, 1) *
                                 (gathers ? std::max<int64_t>(units / 4, 1) : 1);
   share_range(cost, worker - team.first, team.last - team.first, chunk, job.tails[p],
@@ -325,11 +441,11 @@ void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffe
   const Range team = part_workers(workers, parts, p);
   const int64_t bands = job.weights.down->parts[p].matrix.num_bands;
   const Grouping& g = buffers.groupings[static_cast<size_t>(worker)];
-  const bool in_pairs = g.num_active > 0 && g.prompt[g.active[0]] > 0;
-  const int64_t step = in_pairs ? 2 : 1;
+  const int64_t step = has_prompts(g) ? 2 : 1;
   share_range((bands + step - 1) / step, worker - team.first, team.last - team.first, 1,
               job.tails[job.weights.gate->parts.size() + p], [&](int64_t first, int64_t last) {
-                down_bands(job, buffers, worker, p, step * first, std::min(step * last, bands));
+                down_bands(job, buffers, static_cast<size_t>(worker), p, step * first,
+                           std::min(step * last, bands));
               });
 }
 

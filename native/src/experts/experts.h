@@ -25,8 +25,10 @@ namespace kt {
 // Rows handled per kernel call: bounds the temporaries; the band is then still in L1/L2.
 inline constexpr int32_t kRowBlock = 64;
 inline constexpr int32_t kUnitRows = 2 * kBandRows;
-// Prepared prompt rows that are copied together at a time: half of a core's L2 cache.
+// Prepared prompt rows that are copied together at a time, and sums of many tokens: half of a
+// core's L2 cache.
 inline constexpr int64_t kGatherBytes = 1 << 20;
+inline constexpr int32_t kCompactTokens = 32;  // from so many on, sums are kept together
 
 struct ExpertWeights {
   const Weight* gate = nullptr;
@@ -54,8 +56,8 @@ struct ExpertBuffers {
   uint8_t* mid = nullptr;           // prepared intermediate rows [max_pairs]
   std::vector<Grouping> groupings;  // per worker
   std::vector<float*> temps;        // per worker: 2 * kPromptRows * kUnitRows floats
-  std::vector<uint8_t*> rows;       // per worker: prompt rows of one expert, kGatherBytes
-  std::vector<uint8_t*> scratch;    // per worker: multiply_scratch_bytes
+  std::vector<uint8_t*> rows;     // per worker: prompt rows of one expert, then sums; kGatherBytes
+  std::vector<uint8_t*> scratch;  // per worker: multiply_scratch_bytes
 };
 
 void allocate_expert_buffers(Workers& workers, Arena& arena, int64_t max_pairs, int32_t max_experts,

@@ -27,6 +27,9 @@ inline __m512i half_of_words(__m512i a) { return _mm512_castph_si512(_mm512_cvte
 inline __m512i half_of_signed(__m512i a) { return _mm512_castph_si512(_mm512_cvtepi16_ph(a)); }
 #endif
 
+// A function call per block would reload a dozen constants and costs a tenth.
+#define KT_INLINE inline __attribute__((always_inline))
+
 constexpr int kActExponent = 28;  // prepared activations are x * 2^28
 
 inline __m512i words(int x) { return _mm512_set1_epi16(static_cast<short>(x)); }
@@ -106,9 +109,8 @@ struct NibbleScale {
 };
 
 // Four lines of eight columns, from integers at bit 0 and at bit 4 of even and of odd columns.
-inline __attribute__((always_inline)) void store_nibbles(uint8_t* lines, const NibbleScale& s,
-                                                         __m512i even_low, __m512i even_high,
-                                                         __m512i odd_low, __m512i odd_high) {
+KT_INLINE void store_nibbles(uint8_t* lines, const NibbleScale& s, __m512i even_low,
+                             __m512i even_high, __m512i odd_low, __m512i odd_high) {
   store_line(lines, half_fma(half_of_words(even_low), s.low, s.add));
   store_line(lines + 64, half_fma(even_high, s.high, s.add));
   store_line(lines + 128, half_fma(half_of_words(odd_low), s.low, s.add));
@@ -116,8 +118,8 @@ inline __attribute__((always_inline)) void store_nibbles(uint8_t* lines, const N
 }
 
 // Four lines of eight columns, from bytes with offset 128.
-inline __attribute__((always_inline)) void store_bytes(uint8_t* lines, __m512i scale, __m512i add,
-                                                       __m512i first, __m512i second) {
+KT_INLINE void store_bytes(uint8_t* lines, __m512i scale, __m512i add, __m512i first,
+                           __m512i second) {
   store_line(lines, half_fma(and_words(first, 255), scale, add));
   store_line(lines + 64, half_fma(and_words(second, 255), scale, add));
   store_line(lines + 128, half_fma(_mm512_srli_epi16(first, 8), scale, add));
@@ -139,8 +141,8 @@ inline __m512i shifted(__m512i x) {
 // Line kJ of a block: nibbles alone, with one top bit (bit 2 kJ + (high) of `top`), or with two
 // (bits 4 (kJ % 2) + 2 (high) of `top`).
 template <int kBits, int kJ>
-inline __attribute__((always_inline)) void store_nibble_line(uint8_t* lines, const NibbleScale& s,
-                                                             const uint8_t* line, __m512i top) {
+KT_INLINE void store_nibble_line(uint8_t* lines, const NibbleScale& s, const uint8_t* line,
+                                 __m512i top) {
   const __m512i even = V::load(line);
   const __m512i odd = _mm512_srli_epi16(even, 8);
   __m512i even_low = and_words(even, 15), even_high = and_words(even, 240);
@@ -208,7 +210,7 @@ struct NibbleDecoder {
   }
   NibbleDecoder(const uint8_t* at, const uint8_t*, int nb, const RowPowers& rows)
       : tile(at), top(at + nb * 256), d(at + nb * kBlockBytes), m(d + nb * 32), powers(rows) {}
-  void block(int b, uint8_t* lines) const {
+  KT_INLINE void block(int b, uint8_t* lines) const {
     NibbleScale s;
     s.high = powers.scaled(d + 32 * b);
     s.low = half_mul(s.high, tiny(16));
@@ -242,7 +244,7 @@ struct SuperDecoder {
     d = rows.scaled(at + kScales + 192);
     dmin = _mm512_xor_si512(rows.scaled_min(at + kScales + 224), words(0x8000));
   }
-  void block(int b, uint8_t* lines) const {
+  KT_INLINE void block(int b, uint8_t* lines) const {
     NibbleScale s;
     s.high = half_mul(half_of_words(spread_bytes(scales.value[b])), d);
     s.low = half_mul(s.high, tiny(16));
@@ -282,7 +284,7 @@ struct SixDecoder {
     s.add = half_mul(s.high, tiny(-16 * 32));
     return s;
   }
-  void block(int b, uint8_t* lines) const {
+  KT_INLINE void block(int b, uint8_t* lines) const {
     const uint8_t* line = tile + 256 * b;
     const uint8_t* top = tile + 2048 + 128 * b;
     NibbleScale s = scale(2 * b);
@@ -315,7 +317,7 @@ struct EightDecoder {
   }
   EightDecoder(const uint8_t* at, const uint8_t*, int nb, const RowPowers& rows)
       : tile(at), d(at + nb * 512), powers(rows) {}
-  void block(int b, uint8_t* lines) const {
+  KT_INLINE void block(int b, uint8_t* lines) const {
     const ByteScale s(powers.scaled(d + 32 * b));
     const __m512i flip = V::set8(-128);
     for (int j = 0; j < 4; ++j) {
@@ -326,8 +328,8 @@ struct EightDecoder {
   }
 };
 
-inline __attribute__((always_inline)) void store_table_block(const uint8_t* line, __m512i values,
-                                                             const ByteScale& s, uint8_t* lines) {
+KT_INLINE void store_table_block(const uint8_t* line, __m512i values, const ByteScale& s,
+                                 uint8_t* lines) {
   for (int j = 0; j < 4; ++j) {
     V::I low, high;
     split_nibbles(line + 64 * j, &low, &high);
@@ -349,7 +351,7 @@ struct NonlinearDecoder {
   }
   NonlinearDecoder(const uint8_t* at, const uint8_t*, int nb, const RowPowers& rows)
       : tile(at), d(at + nb * 256), powers(rows), values(table(kIq4Values, 128)) {}
-  void block(int b, uint8_t* lines) const {
+  KT_INLINE void block(int b, uint8_t* lines) const {
     store_table_block(tile + 256 * b, values, ByteScale(powers.scaled(d + 32 * b)), lines);
   }
 };
@@ -367,7 +369,7 @@ struct NonlinearSuperDecoder {
   }
   NonlinearSuperDecoder(const uint8_t* at, const uint8_t*, int, const RowPowers& rows)
       : tile(at), d(rows.scaled(at + 2112)), values(table(kIq4Values, 128)) {}
-  void block(int b, uint8_t* lines) const {
+  KT_INLINE void block(int b, uint8_t* lines) const {
     const V::I low = V::srl32(V::widen_u8(tile + 2048 + b / 2 * 16), 4 * (b & 1));
     const V::I high = V::sll32(V::and_(V::srl32(V::widen_u16(tile + 2144), 2 * b), V::set32(3)), 4);
     const V::I scale = V::sub32(V::or_(V::and_(low, V::set32(15)), high), V::set32(32));
@@ -408,7 +410,7 @@ struct MxDecoder {
     }
     values = V::repeat128(bytes);
   }
-  void block(int b, uint8_t* lines) const {
+  KT_INLINE void block(int b, uint8_t* lines) const {
     const __m512 scale = V::e8m0_half(V::widen_u8(exponents + 16 * b));
     const __m512 power = _mm512_scalef_ps(V::set_f(1.0f), powers.e);
     const __m512i half = spread_words(_mm512_cvtps_ph(V::mul(scale, power), 0));
