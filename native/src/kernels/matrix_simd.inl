@@ -69,7 +69,9 @@ void prepare(ActKind kind, const float* x, int32_t cols, int32_t first, int32_t 
 template <class T, int M>
 struct Dots {
   static constexpr bool kNative = V::kDotU8;
-  static constexpr int kRun = T::kMax == 255 ? 1 : 32767 / (2 * 127 * T::kMax);
+  static constexpr int kLines = T::kGroup16 ? 4 : 8;
+  static constexpr int kFit = T::kMax == 255 ? 1 : 32767 / (2 * 127 * T::kMax);
+  static constexpr int kRun = kFit < kLines ? kFit : kLines;
   V::I sum[M];
   V::I part[kNative ? 1 : M];
 
@@ -82,6 +84,8 @@ struct Dots {
         sum[i] = V::zero_i();
       } else if constexpr (T::kGroup16 && T::kOffset == 128) {
         sum[i] = V::sll32(V::repeat32(x[i] + off), 2);  // off32 -> off128
+      } else if constexpr (T::kGroup16 && T::kOffset == 4) {
+        sum[i] = V::sra32<3>(V::repeat32(x[i] + off));  // off32 -> off4
       } else if constexpr (T::kGroup16 || T::kOffset == 128) {
         sum[i] = V::repeat32(x[i] + off);
       } else {
@@ -477,6 +481,10 @@ void multiply_job(const BandJob& job) {
       return multiply_format<Q5_1, Unsigned5>(job);
     case kQ8_0:
       return multiply_format<Q8_0, Signed8>(job);
+    case kQ2_K:
+      return multiply_format<Q2_K, Unsigned2>(job);
+    case kQ3_K:
+      return multiply_format<Q3_K, Offset3>(job);
     case kQ4_K:
       return multiply_format<Q4_K, Unsigned4>(job);
     case kQ5_K:
