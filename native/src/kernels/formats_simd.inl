@@ -43,7 +43,7 @@ using Offset4 = Traits<false, false, 15, 8>;
 using Offset5 = Traits<false, false, 31, 16>;
 using Offset6 = Traits<true, false, 63, 32>;
 using Signed8 = Traits<false, false, 255, 128>;
-using Any8 = Traits<true, true, 255, 128>;  // what decode_block gives: any type
+using Block8 = Traits<true, false, 255, 128>;  // GGUF blocks as decode_block gives them
 
 inline void split_nibbles(const uint8_t* line, V::I* lo, V::I* hi) {
   const V::I x = V::load(line);
@@ -354,6 +354,27 @@ struct alignas(64) DecodedTile {
   float scale[16][16];    // [group][row]
   float min[16][16];
 };
+
+// Decodes a tile of a type kept as GGUF blocks, none of which has mins. blocks: room for 16.
+void decode_gguf_tile(int32_t type, int32_t block_bytes, const uint8_t* at, const uint8_t* ahead,
+                      DecodedBlock* blocks, DecodedTile* tile) {
+  for (int r = 0; r < kBandRows; ++r) {
+    if (ahead != nullptr) {
+      prefetch<2>(ahead + r * block_bytes);
+    }
+    decode_block(type, at + r * block_bytes, blocks + r);
+  }
+  const V::I flip = V::kDotU8 ? V::set8(-128) : V::zero_i();
+  for (int half = 0; half < 16 / V::kRows; ++half) {
+    const DecodedBlock* rows = blocks + half * V::kRows;
+    for (int g = 0; g < 64; g += V::kRows) {
+      V::transpose(rows->q + 4 * g, sizeof(DecodedBlock), flip, &tile->lines[g][half * 32]);
+    }
+    for (int g = 0; g < 16; g += V::kRows) {
+      V::transpose(rows->scale + g, sizeof(DecodedBlock), V::zero_i(), &tile->scale[g][half * 8]);
+    }
+  }
+}
 
 template <class T>
 struct FromMemory : T {

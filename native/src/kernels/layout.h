@@ -25,7 +25,7 @@
 //                                   f16 d of all tiles lie before the first tile (they would
 //                                   misalign every second)
 //   F32  line k;   F16  half line k (32 bytes);   BF16  line of pairs (k = 2j low, 2j + 1 high)
-// Every other type keeps the GGUF bytes of its 16 rows one after another.
+// Every other type keeps its GGUF blocks: those of the 16 rows side by side, tile after tile.
 // Every tile size equals the bytes of its GGUF blocks; only the end of a band is padded to 64.
 #pragma once
 

@@ -325,29 +325,16 @@ void multiply_format(const BandJob& job) {
   }
 }
 
-// Types kept as GGUF bytes: decode_block, then lines of (value + 128).
+// Types kept as GGUF blocks: all rows through a decoded tile.
 void multiply_gguf(const BandJob& job) {
-  const TypeTraits* traits = type_traits(job.w->type);
+  const int32_t block_bytes = type_traits(job.w->type)->block_bytes;
+  const int64_t step = kBandRows * block_bytes;
   auto* decoded = static_cast<DecodedTile*>(job.scratch);
-  auto* block = reinterpret_cast<DecodedBlock*>(decoded + 1);
-  const int64_t row_bytes =
-      static_cast<int64_t>(job.w->cols) / traits->block_size * traits->block_bytes;
-  constexpr uint32_t kFlip = V::kDotU8 ? 0x80808080u : 0u;
+  auto* blocks = reinterpret_cast<DecodedBlock*>(decoded + 1);
   for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
-    for (int32_t r = 0; r < kBandRows; ++r) {
-      decode_block(job.w->type, job.band + r * row_bytes + tile * traits->block_bytes, block);
-      for (int g = 0; g < 64; ++g) {
-        uint32_t word;
-        __builtin_memcpy(&word, block->q + 4 * g, 4);
-        word ^= kFlip;
-        __builtin_memcpy(&decoded->lines[g][4 * r], &word, 4);
-      }
-      for (int i = 0; i < 16; ++i) {
-        decoded->scale[i][r] = block->scale[i];
-        decoded->min[i][r] = block->min[i];
-      }
-    }
-    add_decoded_rows<Any8>(job, *decoded, tile);
+    decode_gguf_tile(job.w->type, block_bytes, job.band + tile * step, job.ahead(tile, step),
+                     blocks, decoded);
+    add_decoded_rows<Block8>(job, *decoded, tile);
   }
 }
 

@@ -274,7 +274,6 @@ void move_tile(int32_t type, int32_t cols, uint8_t* block, uint8_t* band, int32_
 template <bool kPack>
 void move_row(int32_t type, int32_t cols, uint8_t* src, uint8_t* band, int32_t row) {
   const TypeTraits* traits = type_traits(type);
-  const int64_t row_bytes = static_cast<int64_t>(cols) / traits->block_size * traits->block_bytes;
   if (type == kF32) {
     for (int32_t k = 0; k < cols; ++k) {
       move_bytes<kPack>(src + 4 * k, band + 64 * static_cast<int64_t>(k) + 4 * row, 4);
@@ -289,7 +288,11 @@ void move_row(int32_t type, int32_t cols, uint8_t* src, uint8_t* band, int32_t r
                         band + 64 * static_cast<int64_t>(k / 2) + 4 * row + 2 * (k & 1), 2);
     }
   } else if (tile_bytes(type) == 0) {
-    move_bytes<kPack>(src, band + row * row_bytes, static_cast<size_t>(row_bytes));
+    const int64_t block_bytes = traits->block_bytes;  // of 256 columns
+    for (int32_t tile = 0; tile * kTileCols < cols; ++tile) {
+      move_bytes<kPack>(src + tile * block_bytes, band + (tile * kBandRows + row) * block_bytes,
+                        static_cast<size_t>(block_bytes));
+    }
   } else {
     const int64_t tile_row_bytes = kTileCols / traits->block_size * traits->block_bytes;
     for (int32_t tile = 0; tile * kTileCols < cols; ++tile) {
