@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from kt_async.engine.cpu_program import ProgramRecorder
 from kt_async.engine.cuda_args import MatrixArg
 from kt_async.engine.cuda_experts import Names, VramExperts, moe_names
 from kt_async.engine.cuda_handoff import Channel, HandoffExperts, Launch
-from kt_async.engine.cuda_kv import KvPages
+from kt_async.engine.cuda_kernels import kernels_for, launcher
+from kt_async.engine.cuda_kv import FP8, KvPages
 from kt_async.engine.cuda_lane import CudaLane
 from kt_async.engine.cuda_offload import StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
@@ -25,7 +25,6 @@ from kt_async.engine.cuda_probe import choose_mechanism
 from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
 from kt_async.engine.cuda_values import FloatMatrix, PackedMatrix, Weight
 from kt_async.ffi import structs
-from kt_async.ffi.cuda import KernelArgument, Kernels, compile_kernels, kernel_source
 from kt_async.ffi.handoff import ExpertSet, Handoff, PackedPart, packed_matrix
 from kt_async.ffi.matrix import Matrix, dequantize
 from kt_async.ffi.pool import Pool
@@ -39,7 +38,6 @@ log = logging.getLogger(__name__)
 KERNEL_TYPES = frozenset({2, 3, 6, 7, 8, 12, 13, 14, 20, 23, 39})
 _FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 _NEVER = 1 << 30  # rows
-_THREADS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,13 @@ def load_cuda_runner(
     _load_tensors(loader, uses, expert_tensors, cpu_experts, names, options)
     types = {files.tensors[name].type for name, _ in uses} & KERNEL_TYPES
     kernels = kernels_for(types, options.cache_dir)
-    pages = KvPages.allocate(spec, limits.page_size, limits.num_pages, limits.num_host_pages)
+    pages = KvPages.allocate(
+        spec,
+        limits.page_size,
+        limits.num_pages,
+        limits.num_host_pages,
+        FP8 if limits.kv_fp8 else torch.bfloat16,
+    )
     pinned = [] if cpu_experts is None else pin_experts(cpu_experts, len(names))
     decode, prefill, handoff = _expert_backends(
         loader, spec, layout, cpu_experts, names, launcher(kernels), options
@@ -218,16 +222,6 @@ def _load_tensors(
     log.info("loaded %.2f GB in %.1f s", total * 1e-9, seconds)
 
 
-def launcher(kernels: Kernels) -> Launch:
-    """Puts our kernels onto the current stream."""
-
-    def launch(name: str, grid: tuple[int, int], arguments: Sequence[KernelArgument]) -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-        kernels.launch(name, grid, _THREADS, stream, arguments)
-
-    return launch
-
-
 def _expert_backends(
     loader: _Loader,
     spec: ModelSpec,
@@ -286,12 +280,3 @@ def pin_experts(experts: ExpertSet, num_layers: int) -> list[int]:
                 pinned.append(address)
     log.info("pinned the experts in %.1f s", time.monotonic() - begin)
     return pinned
-
-
-def kernels_for(types: set[int], cache_dir: Path | None) -> Kernels:
-    """Our CUDA kernels for these ggml types, compiled for the current GPU."""
-    torch.cuda.synchronize()  # a module is loaded into a context, which the first call makes
-    major, minor = torch.cuda.get_device_capability()
-    suffix = "a" if major >= 9 else ""
-    source = kernel_source(sorted(types))
-    return Kernels(compile_kernels(source, f"sm_{major}{minor}{suffix}", cache_dir))

@@ -82,8 +82,13 @@ class Replay:
     stream: torch.cuda.Stream
 
     @staticmethod
-    def capture(channel: Channel, launch: Launch, layers: int, rows: int) -> Replay:
-        """Each layer's input is the result of the one before, as in a model."""
+    def capture(
+        channel: Channel, launch: Launch, layers: int, rows: int, *, twice: bool = False
+    ) -> Replay:
+        """Each layer's input is the result of the one before, as in a model.
+
+        twice: wait twice a layer, as with a pair of host functions that submit and await.
+        """
         hidden, top_k = channel.buffers.x.shape[1], channel.buffers.ids.shape[1]
         x = torch.zeros((rows, hidden), dtype=torch.float32, device="cuda")
         ids = torch.zeros((rows, top_k), dtype=torch.int32, device="cuda")
@@ -103,6 +108,8 @@ class Replay:
                 out = x
                 for layer in range(layers):
                     channel.ask(launch, layer, out, ids, weights)
+                    if twice:
+                        channel.wait_in_graph(layer)
                     out = channel.take(launch, layer, out)
             graph.instantiate()
         return Replay(channel, x, out, (ids, weights), graph, stream)

@@ -128,9 +128,9 @@ class Handoff:
         handle = None if experts is None else experts.handle
         check(load().kt_handoff_create(ctypes.byref(config), handle, ctypes.byref(self._handle)))
 
-    def mark(self, layer: int, place: int, stream: int) -> None:
-        """What the mechanism needs at a place (KT_HANDOFF_ASKED, _TAKEN) of a captured graph."""
-        check(load().kt_handoff_mark(self._handle, layer, place, ctypes.c_void_p(stream)))
+    def wait_in_graph(self, layer: int, stream: int) -> None:
+        """Make a stream that is being captured wait for a layer's answer."""
+        check(load().kt_handoff_await(self._handle, layer, ctypes.c_void_p(stream)))
 
     def run(self, step: structs.GpuStep) -> None:
         """One step, to its end, without the GIL. [engine]"""

@@ -56,7 +56,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "kt_matrix_part": (_PTR, _PTR),
     "kt_handoff_create": (_PTR, _PTR, _PTR),
     "kt_handoff_destroy": (_PTR,),
-    "kt_handoff_mark": (_PTR, _I32, _I32, _PTR),
+    "kt_handoff_await": (_PTR, _I32, _PTR),
     "kt_handoff_run": (_PTR, _PTR),
     "kt_sched_create": (_PTR, _PTR),
     "kt_sched_destroy": (_PTR,),

@@ -141,13 +141,29 @@ struct Rope {
   const float* k_norm;
   float eps, multiplier;
   int q_heads, kv_heads, dim, rotary_dims, neox;
+  int fp8;  // pages hold e4m3 instead of bf16
 };
 
+// Nearest e4m3 (ties to even), at most 448 in magnitude; in integers, as no GPU before sm_89 has it.
+static __device__ u8 to_e4m3(float x) {
+  const u8 sign = (u8)(__float_as_uint(x) >> 31 << 7);
+  if (x != x) {
+    return 0x7f;
+  }
+  const float size = fminf(fabsf(x), 448.0f);
+  if (size < 0.015625f) {  // below 2^-6: multiples of 2^-9
+    return sign | (u8)__float2int_rn(size * 512.0f);
+  }
+  u32 bits = __float_as_uint(size);
+  bits += 0x7ffff + (bits >> 20 & 1);
+  return sign | (u8)((bits >> 20) - (120 << 3));
+}
+
 // Norms and rotates q and k, stores q as bf16 [T, QH, D], k and v into their pages
-// (bf16 [P, 2, page, KH, D]). grid = (T, QH + 2 KH), one warp per head, D a multiple of 32, <= 256.
+// (bf16 or e4m3 [P, 2, page, KH, D]). grid = (T, QH + 2 KH), one warp per head, D a multiple of 32, <= 256.
 extern "C" __global__ void attention_inputs(const float* q, const float* k, const float* v,
                                             const int* positions, const int* kv_slot, Rope p,
-                                            int page_size, u16* q_out, u16* cache) {
+                                            int page_size, u16* q_out, void* cache) {
   release_next();
   wait_for_previous();
   const int token = blockIdx.x, head = blockIdx.y, lane = threadIdx.x;
@@ -188,11 +204,17 @@ extern "C" __global__ void attention_inputs(const float* q, const float* k, cons
   if (!is_q && slot < 0) {
     return;
   }
-  u16* to =
-      is_q ? q_out + ((i64)token * p.q_heads + h) * d
-           : cache +
-                 (((slot / page_size * 2 + is_v) * page_size + slot % page_size) * p.kv_heads + h) *
-                     d;
+  const i64 at =
+      is_q ? ((i64)token * p.q_heads + h) * d
+           : (((slot / page_size * 2 + is_v) * page_size + slot % page_size) * p.kv_heads + h) * d;
+  if (!is_q && p.fp8) {
+    u8* to = (u8*)cache + at;
+    for (int i = 0; i < n; ++i) {
+      to[lane + i * kWarp] = to_e4m3(values[lane + i * kWarp]);
+    }
+    return;
+  }
+  u16* to = (is_q ? q_out : (u16*)cache) + at;
   for (int i = 0; i < n; ++i) {
     to[lane + i * kWarp] = to_bf16(values[lane + i * kWarp]);
   }

@@ -418,11 +418,7 @@ typedef struct kt_handoff kt_handoff;
 /* How the GPU asks and waits: mechanism */
 #define KT_HANDOFF_SPIN 0       /* kernels raise and poll the flags; waiting has a time limit */
 #define KT_HANDOFF_WAIT_VALUE 1 /* a kernel raises, the stream waits: cuStreamWaitValue32 */
-#define KT_HANDOFF_HOST_CALL 2  /* host functions in the stream do both; with a time limit */
-
-/* Places in the graph, per layer */
-#define KT_HANDOFF_ASKED 0 /* behind the kernel that wrote x, ids and weights */
-#define KT_HANDOFF_TAKEN 1 /* in front of the kernel that reads out */
+#define KT_HANDOFF_HOST_CALL 2  /* a host function in the stream computes the experts */
 
 /* Pinned buffers shared with the graph's signal and wait kernels; borrowed until destroy. */
 typedef struct kt_handoff_config {
@@ -462,11 +458,11 @@ typedef struct kt_gpu_step {
 KT_API int32_t kt_handoff_create(const kt_handoff_config* config, kt_expert_set* set,
                                  kt_handoff** out);
 KT_API int32_t kt_handoff_destroy(kt_handoff* handoff); /* [setup] */
-/* [setup] Puts on a stream that is being captured (cudaStream_t) what the mechanism needs at a
- * place of a layer, KT_HANDOFF_ASKED or _TAKEN; nothing for KT_HANDOFF_SPIN. The graph may be
+/* [setup] Puts on a stream that is being captured (cudaStream_t), in front of the kernel that reads
+ * out, what makes it wait for a layer's answer; nothing for KT_HANDOFF_SPIN. The graph may be
  * replayed until the handle is destroyed. KT_ERR_UNSUPPORTED when the driver lacks the call,
  * KT_ERR_INTERNAL when it refuses it. */
-KT_API int32_t kt_handoff_mark(kt_handoff* handoff, int32_t layer, int32_t place, void* stream);
+KT_API int32_t kt_handoff_await(kt_handoff* handoff, int32_t layer, void* stream);
 /* [engine] Runs one step and waits for it. KT_ERR_INTERNAL when CUDA fails or the time limit
  * passes: the GPU's state is then unknown. */
 KT_API int32_t kt_handoff_run(kt_handoff* handoff, kt_gpu_step* step);

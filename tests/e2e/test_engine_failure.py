@@ -117,8 +117,15 @@ async def test_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(fault, monkeypatch) as server:
         before = await server.chat()
         fault.may_load.clear()
-        streams = iter((lambda: None, fault.armed.set))  # breaks when both have begun
-        events = await asyncio.gather(*(server.stream(lambda: next(streams)()) for _ in range(2)))
+        begun: list[int] = []
+
+        def break_when_both_have_begun() -> None:
+            begun.append(1)
+            if len(begun) == 2:
+                fault.armed.set()
+
+        both = [server.stream(break_when_both_have_begun) for _ in range(2)]
+        events = await asyncio.gather(*both)
         for one in events:
             assert "injected failure" in one[-1]["error"]["message"]
         status, body = await server.health()

@@ -20,11 +20,10 @@ from gguf import GGMLQuantizationType, quants  # noqa: E402
 from kt_async.engine import cuda_probe  # noqa: E402
 from kt_async.engine.cuda_build import (  # noqa: E402
     CudaOptions,
-    kernels_for,
-    launcher,
     load_cuda_runner,
 )
 from kt_async.engine.cuda_handoff import MECHANISMS, Channel  # noqa: E402
+from kt_async.engine.cuda_kernels import kernels_for, launcher  # noqa: E402
 from kt_async.engine.cuda_probe import Replay, choose_mechanism, probe  # noqa: E402
 from kt_async.engine.cuda_runner import CudaLimits  # noqa: E402
 from kt_async.errors import EngineError, NativeError  # noqa: E402

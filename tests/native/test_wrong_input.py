@@ -191,6 +191,6 @@ def test_handoffs_that_fit_nothing(world: World) -> None:
         assert status == structs.KT_ERR_ARGUMENT
         assert text in message
     for layer in (0, -1):
-        status, message = Call("kt_handoff_mark", [world.handoff, layer, 0, None]).run()
+        status, message = Call("kt_handoff_await", [world.handoff, layer, None]).run()
         assert status == structs.KT_ERR_ARGUMENT
         assert f"layer is {layer}" in message

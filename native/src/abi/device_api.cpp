@@ -138,10 +138,10 @@ int32_t kt_handoff_destroy(kt_handoff* handoff) {
   });
 }
 
-int32_t kt_handoff_mark(kt_handoff* handoff, int32_t layer, int32_t place, void* stream) {
+int32_t kt_handoff_await(kt_handoff* handoff, int32_t layer, void* stream) {
   return kt::guard([&] {
     kt::require_handle(handoff, "handoff");
-    handoff->handoff.mark(layer, place, stream);
+    handoff->handoff.await(layer, stream);
     return KT_OK;
   });
 }

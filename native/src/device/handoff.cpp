@@ -13,8 +13,7 @@ namespace {
 
 constexpr int64_t kFlagStride = 16;  // uint32 words: one flag per cache line
 constexpr int kSpinsPerCheck = 4096;
-constexpr int64_t kHostCallLimitNs = 10'000'000'000;
-constexpr uint32_t kTimedOut = 3;  // as the kernel that waits says it
+constexpr uint32_t kReady = 1, kFailed = 2;  // values of a done flag
 
 int64_t now_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
@@ -53,32 +52,28 @@ Handoff::Handoff(const kt_handoff_config& config, ExpertSet* experts)
     require_handle(buffer, "a hand-off buffer");
   }
   for (int32_t layer = 0; layer < config.num_layers; ++layer) {
-    calls_.push_back({config.request + layer * kFlagStride, config.done + layer * kFlagStride});
+    calls_.push_back({this, layer});
   }
 }
 
-void Handoff::mark(int32_t layer, int32_t place, void* stream) {
+void Handoff::await(int32_t layer, void* stream) {
   if (layer < 0 || layer >= config_.num_layers) {
     fail_argument("layer is " + std::to_string(layer) + " of " +
                   std::to_string(config_.num_layers));
-  }
-  if (place != KT_HANDOFF_ASKED && place != KT_HANDOFF_TAKEN) {
-    fail_argument("place is " + std::to_string(place) + "; valid are 0 and 1");
   }
   HostCall& call = calls_[static_cast<size_t>(layer)];
   if (config_.mechanism == KT_HANDOFF_HOST_CALL) {
     if (cudart().launch_host_func == nullptr) {
       fail_unsupported("the CUDA runtime has no cudaLaunchHostFunc");
     }
-    auto* function = place == KT_HANDOFF_ASKED ? raise_request : await_done;
-    check_cuda(cudart().launch_host_func(stream, function, &call), "cudaLaunchHostFunc");
-  } else if (config_.mechanism == KT_HANDOFF_WAIT_VALUE && place == KT_HANDOFF_TAKEN) {
+    check_cuda(cudart().launch_host_func(stream, compute, &call), "cudaLaunchHostFunc");
+  } else if (config_.mechanism == KT_HANDOFF_WAIT_VALUE) {
     if (cudart().stream_wait_value == nullptr) {
       fail_unsupported("the CUDA driver has no cuStreamWaitValue32");
     }
     // A driver call: its codes are not those of the runtime, so the number must do.
-    const int status = cudart().stream_wait_value(stream, reinterpret_cast<uint64_t>(call.done), 1,
-                                                  kWaitGreaterEqual);
+    const auto address = reinterpret_cast<uint64_t>(config_.done + layer * kFlagStride);
+    const int status = cudart().stream_wait_value(stream, address, kReady, kWaitGreaterEqual);
     if (status != 0) {
       throw Error(KT_ERR_INTERNAL, "cuStreamWaitValue32 failed with " + std::to_string(status));
     }
@@ -86,29 +81,47 @@ void Handoff::mark(int32_t layer, int32_t place, void* stream) {
 }
 
 // Runs on a thread of the CUDA runtime, in stream order; must not call CUDA.
-void Handoff::raise_request(void* call) {
-  std::atomic_ref<uint32_t>(*static_cast<HostCall*>(call)->request)
-      .store(1, std::memory_order_release);
-}
-
-void Handoff::await_done(void* call) {
-  std::atomic_ref<uint32_t> done(*static_cast<HostCall*>(call)->done);
-  const int64_t deadline = now_ns() + kHostCallLimitNs;
-  for (int spins = 1; done.load(std::memory_order_acquire) == 0; ++spins) {
-    pause();
-    if (spins % kSpinsPerCheck == 0 && now_ns() > deadline) {
-      done.store(kTimedOut, std::memory_order_release);
+void Handoff::compute(void* call) {
+  const auto* self = static_cast<HostCall*>(call);
+  Handoff& handoff = *self->handoff;
+  const kt_handoff_config& config = handoff.config_;
+  uint32_t state = kFailed;
+  if (handoff.step_ != nullptr && handoff.failure_ == nullptr) {
+    try {
+      handoff.answer(*handoff.step_, self->layer);
+      handoff.num_answered_ = self->layer + 1;
+      state = kReady;
+    } catch (...) {
+      handoff.failure_ = std::current_exception();
     }
   }
+  flag(config.done, self->layer).store(state, std::memory_order_release);
 }
 
 void Handoff::run(kt_gpu_step& step) {
-  const Cudart& cuda = cudart();
   step.expert_ns = 0;
   if (config_.num_layers > 0 && step.num_tokens > config_.max_tokens) {
     fail_argument("num_tokens is " + std::to_string(step.num_tokens) + ", the hand-off holds " +
                   std::to_string(config_.max_tokens));
   }
+  const bool asks = config_.num_layers > 0 && step.num_tokens > 0;
+  if (asks && config_.mechanism == KT_HANDOFF_HOST_CALL) {
+    step_ = &step;
+    num_answered_ = 0;
+    failure_ = nullptr;
+    launch(step);
+    finish_host_calls();
+    return;
+  }
+  launch(step);
+  if (asks) {
+    serve(step);
+  }
+  check_cuda(cudart().stream_synchronize(step.stream), "cudaStreamSynchronize");
+}
+
+void Handoff::launch(kt_gpu_step& step) {
+  const Cudart& cuda = cudart();
   if (step.block_bytes > 0) {
     check_cuda(cuda.memcpy_async(step.block_device, step.block_host,
                                  static_cast<size_t>(step.block_bytes), kHostToDevice, step.stream),
@@ -121,10 +134,32 @@ void Handoff::run(kt_gpu_step& step) {
                           static_cast<size_t>(step.results_bytes), kDeviceToHost, step.stream),
         "cudaMemcpyAsync");
   }
-  if (config_.num_layers > 0 && step.num_tokens > 0) {
-    serve(step);
+}
+
+void Handoff::finish_host_calls() {
+  const int status = cudart().stream_synchronize(step_->stream);
+  step_ = nullptr;
+  check_cuda(status, "cudaStreamSynchronize");
+  if (failure_ != nullptr) {
+    std::rethrow_exception(failure_);
   }
-  check_cuda(cuda.stream_synchronize(step.stream), "cudaStreamSynchronize");
+  if (num_answered_ != config_.num_layers) {
+    throw Error(KT_ERR_INTERNAL, "the GPU did not ask for the experts of layer " +
+                                     std::to_string(num_answered_) + ": it has ended");
+  }
+}
+
+// Computes a layer whose request is there.
+void Handoff::answer(kt_gpu_step& step, int32_t layer) {
+  const int64_t begin = now_ns();
+  if (step.asked_ns != nullptr) {
+    step.asked_ns[layer] = begin;
+  }
+  if (experts_ != nullptr) {
+    experts_->run(layer, step.num_tokens, config_.x, config_.ids, config_.weights, nullptr,
+                  config_.out);
+    step.expert_ns += now_ns() - begin;
+  }
 }
 
 void Handoff::serve(kt_gpu_step& step) {
@@ -137,33 +172,31 @@ void Handoff::serve(kt_gpu_step& step) {
                                          ": it has ended or takes more than " +
                                          std::to_string(step.timeout_ns / 1000000) + " ms");
       }
-      const int64_t begin = now_ns();
-      if (step.asked_ns != nullptr) {
-        step.asked_ns[layer] = begin;
-      }
-      if (experts_ != nullptr) {
-        experts_->run(layer, step.num_tokens, config_.x, config_.ids, config_.weights, nullptr,
-                      config_.out);
-        step.expert_ns += now_ns() - begin;
-      }
-      flag(config_.done, layer).store(1, std::memory_order_release);
+      answer(step, layer);
+      flag(config_.done, layer).store(kReady, std::memory_order_release);
     }
   } catch (...) {
     release_all(layer);
-    drain(step.stream, now_ns() + step.timeout_ns);
-    for (int32_t l = 0; l < config_.num_layers; ++l) {
-      flag(config_.request, l).store(0);
-      flag(config_.done, l).store(0);
+    // A graph that still runs must find its answers: then the flags stay, and so does the failure.
+    if (drain(step.stream, now_ns() + step.timeout_ns)) {
+      for (int32_t l = 0; l < config_.num_layers; ++l) {
+        flag(config_.request, l).store(0);
+        flag(config_.done, l).store(0);
+      }
     }
     throw;
   }
 }
 
-// Lets the graph run out; a GPU that hangs is left alone after the time limit.
-void Handoff::drain(void* stream, int64_t deadline_ns) {
-  while (cudart().stream_query(stream) == kNotReady && now_ns() < deadline_ns) {
+// Lets the graph run out; false when it has not after the time limit (a GPU that hangs).
+bool Handoff::drain(void* stream, int64_t deadline_ns) {
+  while (cudart().stream_query(stream) == kNotReady) {
+    if (now_ns() > deadline_ns) {
+      return false;
+    }
     std::this_thread::sleep_for(std::chrono::microseconds(100));
   }
+  return true;
 }
 
 bool Handoff::wait_for_request(int32_t layer, const kt_gpu_step& step, int64_t deadline_ns) {
@@ -192,7 +225,7 @@ bool Handoff::wait_for_request(int32_t layer, const kt_gpu_step& step, int64_t d
 
 void Handoff::release_all(int32_t first_layer) {
   for (int32_t layer = first_layer; layer < config_.num_layers; ++layer) {
-    flag(config_.done, layer).store(2, std::memory_order_release);
+    flag(config_.done, layer).store(kFailed, std::memory_order_release);
   }
 }
 

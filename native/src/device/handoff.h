@@ -16,13 +16,16 @@
 //  written by a kernel may not reach the CPU in time on others. Then the same kernels stay, and
 //    KT_HANDOFF_WAIT_VALUE puts a stream wait for done[l] >= 1 in front of the second kernel, which
 //      so finds the flag raised;
-//    KT_HANDOFF_HOST_CALL lets host functions of the stream raise request[l] behind the first
-//      kernel (whose own flag then points elsewhere) and wait for done[l] in front of the second.
+//    KT_HANDOFF_HOST_CALL puts a host function in front of the second kernel, which computes the
+//      experts itself on the CUDA runtime's thread; the first kernel's flag points elsewhere. The
+//      engine thread must not be needed: launching a graph of many host functions may block until
+//      most of them have run.
 //  If the CPU gives up (time limit, failed stream), all layers still to come are answered with 2,
 //  so that the graph runs out instead of waiting for its own limit 48 times.
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <vector>
 
 #include "experts/expert_set.h"
@@ -34,28 +37,37 @@ class Handoff {
  public:
   // experts may be nullptr: steps then have no CPU part. Buffers are borrowed until destruction.
   Handoff(const kt_handoff_config& config, ExpertSet* experts);
+  Handoff(const Handoff&) = delete;  // graphs hold the address
+  Handoff& operator=(const Handoff&) = delete;
   // [engine] Copies the block, launches the graph, serves the experts, copies the results, waits.
   void run(kt_gpu_step& step);
-  // [setup] See kt_handoff_mark.
-  void mark(int32_t layer, int32_t place, void* stream);
+  // [setup] See kt_handoff_await.
+  void await(int32_t layer, void* stream);
 
  private:
   // What a host function of the stream needs; its address is part of the graph.
   struct HostCall {
-    uint32_t* request;
-    uint32_t* done;
+    Handoff* handoff;
+    int32_t layer;
   };
-  static void raise_request(void* call);
-  static void await_done(void* call);
+  static void compute(void* call);
+
+  void launch(kt_gpu_step& step);
+  void answer(kt_gpu_step& step, int32_t layer);
+  void finish_host_calls();
 
   void serve(kt_gpu_step& step);
-  void drain(void* stream, int64_t deadline_ns);
+  static bool drain(void* stream, int64_t deadline_ns);
   bool wait_for_request(int32_t layer, const kt_gpu_step& step, int64_t deadline_ns);
   void release_all(int32_t first_layer);
 
   kt_handoff_config config_;
   ExpertSet* experts_;
   std::vector<HostCall> calls_;  // by layer; never resized
+  // Of a step with host functions, which alone touch them between its launch and its end.
+  kt_gpu_step* step_ = nullptr;
+  int32_t num_answered_ = 0;
+  std::exception_ptr failure_;
 };
 
 }  // namespace kt
