@@ -1,6 +1,7 @@
 """Time the GPU engine without HTTP: decode at several batch sizes, prefill, start-up.
 
     python bench/gpu.py /data/q3.gguf --experts cpu --clients 1 4 8 16 --prompts 512 2048
+    python bench/gpu.py qwen3-30b-a3b --quant Q8_0 --experts vram     # no file: random weights
 
 Prints one line per measurement with the bound that the experts' bytes set (CPU experts: read
 bandwidth measured in the same run) and appends nothing: pipe it where it should go.
@@ -20,13 +21,16 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `kt_async`, when run as a script
 
 from bench.interleave import measure_interleave
+from bench.synthetic import SHAPES
 from kt_async.engine.cuda_build import CudaOptions, load_cuda_runner
 from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
 from kt_async.engine.types import GenerationRequest, SamplingParams
 from kt_async.ffi import structs
 from kt_async.ffi.pool import Pool
 from kt_async.ffi.scheduler import Scheduler
+from kt_async.model.dummy import dummy_from_spec
 from kt_async.model.spec import ModelSpec, spec_from_gguf
+from kt_async.model.synthetic import QUANTS
 from kt_async.weights.source import ModelFiles, open_model
 
 _PROMPT = 64
@@ -159,7 +163,10 @@ def measure_prefill(engine: Engine, spec: ModelSpec, length: int) -> None:
 def main() -> int:
     """Exit code 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("gguf", type=Path)
+    parser.add_argument(
+        "gguf", help=f"model file, or a shape with random weights: {', '.join(SHAPES)}"
+    )
+    parser.add_argument("--quant", choices=QUANTS, default="Q4_K_M", help="types of a shape")
     parser.add_argument("--experts", choices=("cpu", "vram"), default="cpu")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 2048])
@@ -181,7 +188,11 @@ def main() -> int:
     parser.add_argument("--cache_tokens", type=int, default=65536)
     args = parser.parse_args()
     begin = time.monotonic()
-    files = open_model(args.gguf)
+    files = (
+        dummy_from_spec(SHAPES[args.gguf], args.quant, Path(args.gguf))
+        if args.gguf in SHAPES
+        else open_model(Path(args.gguf))
+    )
     spec = spec_from_gguf(files)
     pool = Pool(num_threads=args.threads)
     print(pool.describe())

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 
 from kt_async.config import Config
 from kt_async.demo import demo_model_path
-from kt_async.engine.build import engine_info
+from kt_async.engine.build import engine_info, gpu_plan
 from kt_async.engine.memory import gib
 from kt_async.engine.service import EngineService
 from kt_async.engine.types import GenerationRequest, SamplingParams
@@ -64,12 +64,38 @@ def _plan(config: Config) -> int:
     host = query_host()
     with Pool(num_threads=ready.config.cpu_infer, isa=isa_number(ready.config.isa)) as pool:
         bandwidth = pool.read_bandwidth(_BANDWIDTH_BYTES)
+    gpu_bytes, gpu_bandwidth = _gpu_memory(ready.config)
     machine = PlanHost(
-        ram_bytes=host.available_bytes, cpu_bytes_per_s=bandwidth, has_amx="amx" in host.isas
+        ram_bytes=host.available_bytes,
+        cpu_bytes_per_s=bandwidth,
+        gpu_bytes=gpu_bytes,
+        gpu_bytes_per_s=gpu_bandwidth,
+        has_amx="amx" in host.isas,
     )
     _print(plan_text(ready.model.spec, ready.model.files.tensors, ready.config, machine))
+    if gpu_bytes:
+        _print(gpu_plan(ready.model, ready.config).describe())
     ready.model.files.close()
     return 0
+
+
+def _gpu_memory(config: Config) -> tuple[tuple[int, ...], float]:
+    """Free bytes of each GPU, and bytes per second that a copy on the chosen one moves."""
+    if config.device == "cpu":
+        return (), 0.0
+    import torch  # noqa: PLC0415 - seconds to import, and only a GPU needs it
+
+    free = tuple(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    source = torch.zeros(_BANDWIDTH_BYTES, dtype=torch.uint8, device=config.device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize(config.device)
+        begin = time.monotonic()
+        target.copy_(source)
+        torch.cuda.synchronize(config.device)
+        best = min(best, time.monotonic() - begin)
+    return free, 2 * _BANDWIDTH_BYTES / best
 
 
 def _selfcheck(config: Config) -> int:

@@ -200,8 +200,8 @@ class Config:
     kv_dtype: str = flag(
         "auto",
         "scheduling",
-        "number format of the KV cache",
-        choices=("auto", "f32", "f16", "bf16"),
+        "number format of the KV cache; fp8 (e4m3) on a GPU only, f32 and f16 on the CPU only",
+        choices=("auto", "f32", "f16", "bf16", "fp8"),
         aliases=("kv_cache_dtype",),
         auto="f32 for an F32 model on the CPU, else f16 (CPU) or bf16 (GPU)",
     )

@@ -122,10 +122,11 @@ class _Resolver:
                 )
             self.put("device", f"cuda:{index}", "given")
         on_gpu = self.new.get("device", wanted) != "cpu"
-        if on_gpu and self.raw.kv_dtype not in ("auto", "bf16"):
+        valid = ("auto", "bf16", "fp8") if on_gpu else ("auto", "f32", "f16", "bf16")
+        if self.raw.kv_dtype not in valid:
             self.errors.append(
-                f"--kv_dtype {self.raw.kv_dtype} is not available on a GPU; valid there are auto "
-                "and bf16."
+                f"--kv_dtype {self.raw.kv_dtype} is not available on the "
+                f"{'GPU' if on_gpu else 'CPU'}; valid there are {', '.join(valid)}."
             )
         if self.raw.kv_dtype == "auto":
             exact = self.model.main_type == "F32" and not on_gpu

@@ -31,7 +31,7 @@ RETIRED: Final[Mapping[str, str]] = {
     "username": "roles come from the messages",
     "botname": "roles come from the messages",
     # KV cache and scheduler process
-    "cache_8bit": "use --kv_dtype f16",
+    "cache_8bit": "use --kv_dtype fp8 (GPU) or f16",
     "cache_q4": "use --kv_dtype f16",
     "memory_gpu_only": "the KV cache lies where --device says; use --cpu_memory_size_GB",
     "utilization_percentage": "use --cache_lens",

@@ -20,7 +20,13 @@ from kt_async.engine.gpu_memory import (
     gpu_budget,
     plan_gpu_memory,
 )
-from kt_async.engine.memory import check_host_memory, gib, kv_bytes_per_token, plan_cpu_memory
+from kt_async.engine.memory import (
+    KV_FP8,
+    check_host_memory,
+    gib,
+    kv_bytes_per_token,
+    plan_cpu_memory,
+)
 from kt_async.engine.runner import CpuLimits, CpuRunner, Runner
 from kt_async.engine.types import EngineInfo
 from kt_async.errors import ConfigError
@@ -35,7 +41,12 @@ from kt_async.weights.source import ModelFiles, TensorInfo
 
 log = logging.getLogger(__name__)
 
-_KV_TYPES = {"f32": structs.KT_KV_F32, "f16": structs.KT_KV_F16, "bf16": structs.KT_KV_BF16}
+_KV_TYPES = {
+    "f32": structs.KT_KV_F32,
+    "f16": structs.KT_KV_F16,
+    "bf16": structs.KT_KV_BF16,
+    "fp8": KV_FP8,
+}
 _POLICIES = {
     "FCFS": structs.KT_SCHED_FCFS,
     "FCFS-single-prefill": structs.KT_SCHED_FCFS_SINGLE_PREFILL,
@@ -180,7 +191,7 @@ def num_host_pages(spec: ModelSpec, config: Config) -> int:
     """KV pages kept in RAM after the GPU evicted them; none without a GPU, whose KV is in RAM."""
     if config.device == "cpu" or not config.prefix_cache:
         return 0
-    page_bytes = kv_bytes_per_token(spec, structs.KT_KV_BF16) * config.page_size
+    page_bytes = kv_bytes_per_token(spec, _KV_TYPES[config.kv_dtype]) * config.page_size
     return int(config.cpu_memory_size_GB * 1e9) // page_bytes
 
 
@@ -234,6 +245,7 @@ def _gpu_runner(model: Model, config: Config, scheduler: Scheduler, pool: Pool) 
         model.sample_vocab,
         max_page_ids=config.num_pages,
         num_host_pages=num_host_pages(model.spec, config),
+        kv_fp8=config.kv_dtype == "fp8",
     )
     options = CudaOptions(
         vram_layers=config.vram_layers,

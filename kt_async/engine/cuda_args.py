@@ -61,6 +61,7 @@ class RopeArg(ctypes.Structure):
         ("dim", _I32),
         ("rotary_dims", _I32),
         ("neox", _I32),
+        ("fp8", _I32),
     )
 
 

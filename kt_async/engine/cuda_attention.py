@@ -19,12 +19,13 @@ _WORKSPACE_BYTES = 128 << 20
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Shape of grouped-query attention."""
+    """Shape of grouped-query attention, and the type its pages hold."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
+    kv_dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +45,23 @@ class Planner(Protocol):
 
 
 def make_decode_planner(
-    heads: Heads, page_size: int, rows: int, max_page_ids: int
+    heads: Heads, page_size: int, rows: int, max_page_ids: int, scratch: torch.Tensor
 ) -> FlashDecode | None:
-    """A graph-safe planner for exactly `rows` decode rows; None without flashinfer."""
+    """A graph-safe planner for exactly `rows` decode rows; None without flashinfer.
+
+    scratch: from make_scratch; planners whose graphs never run at the same time share one.
+    """
     flashinfer = import_flashinfer()
     return (
         None
         if flashinfer is None
-        else FlashDecode(flashinfer, heads, page_size, rows, max_page_ids)
+        else FlashDecode(flashinfer, heads, page_size, rows, max_page_ids, scratch)
     )
+
+
+def make_scratch() -> torch.Tensor:
+    """Zeroed device memory in which flashinfer keeps partial results during a run."""
+    return torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
 
 
 def make_prefill_planner(heads: Heads, page_size: int) -> Planner:
@@ -76,14 +85,20 @@ class FlashDecode:
     """flashinfer's batched decode with tensor cores; its buffers have fixed addresses."""
 
     def __init__(
-        self, flashinfer: Any, heads: Heads, page_size: int, rows: int, max_page_ids: int
+        self,
+        flashinfer: Any,
+        heads: Heads,
+        page_size: int,
+        rows: int,
+        max_page_ids: int,
+        scratch: torch.Tensor,
     ) -> None:
         def buffer(size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device="cuda")
 
         self._heads, self._page_size = heads, page_size
         self._wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda"),
+            scratch,
             "NHD",
             use_cuda_graph=True,
             use_tensor_cores=True,
@@ -103,7 +118,7 @@ class FlashDecode:
             heads.head_dim,
             self._page_size,
             q_data_type=torch.bfloat16,
-            kv_data_type=torch.bfloat16,
+            kv_data_type=heads.kv_dtype,
             sm_scale=heads.scale,
         )
         return self._attend
@@ -120,10 +135,10 @@ class FlashPrefill:
     def __init__(self, flashinfer: Any, heads: Heads, page_size: int) -> None:
         self._heads, self._page_size = heads, page_size
         major, _ = torch.cuda.get_device_capability()
-        backend = "fa3" if major == 9 else "fa2"
-        workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+        # fa3 wants queries of the cache's type; fa2 converts as it reads.
+        backend = "fa3" if major == 9 and heads.kv_dtype == torch.bfloat16 else "fa2"
         self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            workspace, "NHD", backend=backend
+            make_scratch(), "NHD", backend=backend
         )
 
     def plan(self, pages: StepPages) -> Attend:
@@ -140,7 +155,7 @@ class FlashPrefill:
             causal=True,
             sm_scale=heads.scale,
             q_data_type=torch.bfloat16,
-            kv_data_type=torch.bfloat16,
+            kv_data_type=heads.kv_dtype,
         )
         return self._attend
 
@@ -170,7 +185,8 @@ class TorchAttention:
             first, last = starts[row], starts[row + 1]
             ids = pages.page_ids[page_starts[row] : page_starts[row + 1]].long()
             length = (len(ids) - 1) * self._page_size + used
-            kv = cache[ids].transpose(0, 1).reshape(2, -1, cache.shape[3], cache.shape[4])
+            held = cache.view(torch.uint8)[ids].view(cache.dtype).to(q.dtype)
+            kv = held.transpose(0, 1).reshape(2, -1, cache.shape[3], cache.shape[4])
             k, v = (side[:length].transpose(0, 1).unsqueeze(0) for side in kv)
             tokens = last - first
             position = torch.arange(length - tokens, length, device=q.device).unsqueeze(1)

@@ -30,9 +30,10 @@ _PTR = ctypes.c_void_p
 
 
 def is_served(heads: Heads, page_size: int) -> bool:
-    """Whether the kernel takes these shapes."""
+    """Whether the kernel takes these shapes and pages."""
     major, _ = torch.cuda.get_device_capability()
-    return major >= 8 and heads.head_dim in _HEAD_DIMS and page_size % _TILE_KEYS == 0
+    is_bf16 = heads.kv_dtype == torch.bfloat16
+    return major >= 8 and is_bf16 and heads.head_dim in _HEAD_DIMS and page_size % _TILE_KEYS == 0
 
 
 @dataclass(slots=True)

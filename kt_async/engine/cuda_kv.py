@@ -15,24 +15,36 @@ import torch
 from kt_async.ffi import structs
 from kt_async.model.spec import ModelSpec
 
+FP8 = torch.float8_e4m3fn
+
 
 @dataclass(slots=True)
 class KvPages:
-    """layers: per layer bf16 [pages + 1, 2, page, KH, D]; the last page is scratch."""
+    """layers: per layer bf16 or e4m3 [pages + 1, 2, page, KH, D]; the last page is scratch.
+
+    e4m3 holds keys and values as they are, scale 1: its range (448) is far beyond normed keys and
+    values, its 4 significant bits round by at most 1 / 16.
+    """
 
     layers: list[torch.Tensor]
     host: list[torch.Tensor] = field(default_factory=list)  # per layer, pinned, [host pages, ...]
 
     @staticmethod
-    def allocate(spec: ModelSpec, page_size: int, num_pages: int, num_host_pages: int) -> KvPages:
+    def allocate(
+        spec: ModelSpec,
+        page_size: int,
+        num_pages: int,
+        num_host_pages: int,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> KvPages:
         """Zeroed pages of both tiers."""
         page = (2, page_size, spec.num_kv_heads, spec.head_dim)
         layers = [
-            torch.zeros((num_pages + 1, *page), dtype=torch.bfloat16, device="cuda")
+            torch.zeros((num_pages + 1, *page), dtype=dtype, device="cuda")
             for _ in range(spec.num_layers)
         ]
         host = [
-            torch.zeros((num_host_pages, *page), dtype=torch.bfloat16, pin_memory=True)
+            torch.zeros((num_host_pages, *page), dtype=dtype, pin_memory=True)
             for _ in range(spec.num_layers if num_host_pages else 0)
         ]
         return KvPages(layers, host)

@@ -17,7 +17,7 @@ import torch
 
 from kt_async.engine.cpu_program import rope_frequencies
 from kt_async.engine.cuda_args import ActsArg, OutputsArg, RopeArg
-from kt_async.engine.cuda_kv import KvPages
+from kt_async.engine.cuda_kv import FP8, KvPages
 from kt_async.engine.cuda_overlap import OverlappedExperts
 from kt_async.engine.cuda_router import Router, add_experts, add_experts_and_norm
 from kt_async.engine.cuda_values import (
@@ -217,6 +217,7 @@ class CudaOps:
             d,
             shape.rope.dim,
             int(shape.rope.neox),
+            int(cache.dtype == FP8),
         )
         if step.attend is None:
             assert self.decode_attention is not None

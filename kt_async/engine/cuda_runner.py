@@ -22,6 +22,7 @@ from kt_async.engine.cuda_attention import (
     Heads,
     make_decode_planner,
     make_prefill_planner,
+    make_scratch,
 )
 from kt_async.engine.cuda_block import Block
 from kt_async.engine.cuda_decode import PagedDecode, is_served
@@ -32,6 +33,7 @@ from kt_async.engine.cuda_offload import StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda_values import StepTensors
 from kt_async.engine.runner import Lane
+from kt_async.errors import NativeError
 from kt_async.ffi import structs
 from kt_async.ffi.handoff import Handoff
 from kt_async.model.spec import ModelSpec
@@ -72,6 +74,7 @@ class CudaLimits:
     sample_vocab: int
     max_page_ids: int  # most page ids of one step
     num_host_pages: int = 0  # of the second KV tier
+    kv_fp8: bool = False  # pages of e4m3 instead of bf16
 
 
 class CudaRunner:
@@ -96,7 +99,10 @@ class CudaRunner:
         self._layout = layout
         self.lane: Lane | None = None
         self.block = Block(layout)
-        heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim**-0.5)
+        kv_dtype = ops.pages.layers[0].dtype
+        heads = Heads(
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim**-0.5, kv_dtype
+        )
         self._heads = heads
         self.prefill_planner = make_prefill_planner(heads, limits.page_size)
         if is_served(heads, limits.page_size):
@@ -129,8 +135,20 @@ class CudaRunner:
     def run(
         self, plan: structs.Plan, layout: structs.BlockLayout, block: npt.NDArray[np.uint8]
     ) -> None:
-        begin = time.monotonic_ns()
         assert block.ctypes.data == self.block.array.ctypes.data, "not the block from make_block"
+        try:
+            self._run(plan)
+        except torch.OutOfMemoryError as error:
+            # Whatever the step had got is free again: only its own requests need to end.
+            torch.cuda.synchronize()
+            raise NativeError(
+                structs.KT_ERR_MEMORY,
+                f"a step of {plan.num_tokens} tokens needs more GPU memory than is free; lower "
+                "--chunk_size or --gpu_memory_utilization",
+            ) from error
+
+    def _run(self, plan: structs.Plan) -> None:
+        begin = time.monotonic_ns()
         if plan.num_copies_out or plan.num_copies_in:
             with torch.cuda.stream(self._stream):
                 self._pages.move(plan, self._layout, self.block.array)
@@ -208,11 +226,13 @@ class CudaRunner:
     def _capture_all(self) -> None:
         begin = time.monotonic()
         sizes = buckets(self._layout.max_rows)
+        limits = self._limits
+        scratch = None if self._ops.decode_attention else make_scratch()
         for rows in reversed(sizes):  # the largest first: the others reuse its memory pool
             planner = None
-            if self._ops.decode_attention is None:
+            if scratch is not None:
                 planner = make_decode_planner(
-                    self._heads, self._limits.page_size, rows, self._limits.max_page_ids + rows
+                    self._heads, limits.page_size, rows, limits.max_page_ids + rows, scratch
                 )
                 if planner is None:
                     log.info("flashinfer is not installed: decode runs without CUDA graphs")

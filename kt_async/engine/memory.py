@@ -8,7 +8,9 @@ from kt_async.errors import ConfigError
 from kt_async.ffi import structs
 from kt_async.model.spec import ModelSpec
 
-_KV_BYTES = {structs.KT_KV_F32: 4, structs.KT_KV_F16: 2, structs.KT_KV_BF16: 2}
+# e4m3, on a GPU only: not a type of the native library.
+KV_FP8 = -8
+_KV_BYTES = {structs.KT_KV_F32: 4, structs.KT_KV_F16: 2, structs.KT_KV_BF16: 2, KV_FP8: 1}
 # Allowance for interpreter, libraries, tokenizer, step buffers and one tensor being packed. Measured
 # peaks beside weights and cache: 85 MiB with the demo model, 210 MiB with Qwen3-30B-A3B's shapes and
 # 152k tokens; a real tokenizer's merges come on top. Documented limit: 1.15 x file + 700 MB in all.

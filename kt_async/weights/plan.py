@@ -7,7 +7,7 @@ divided by the bandwidth of the memory they lie in; nothing can be faster, real 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from kt_async.weights.placement import Placed, Placement, place
@@ -67,6 +67,8 @@ def plan_text(
         num_gpus=0 if config.device == "cpu" else len(host.gpu_bytes),
         amx=host.has_amx,
     )
+    if config.device != "cpu":
+        placement = _as_loaded(placement, config)
     table = _table(placement, spec, tensors)
     lines = [
         (
@@ -87,6 +89,19 @@ def plan_text(
     lines += [f"warning: {text}" for text in placement.warnings]
     lines += [f"note: {text}" for text in placement.notes]
     return "\n".join(lines)
+
+
+def _as_loaded(placement: Placement, config: Config) -> Placement:
+    """What the GPU engine makes of it: the routed experts of some layers in RAM, all else in VRAM."""
+
+    def device(placed: Placed) -> str:
+        if placed.module.kind != "experts":
+            return config.device
+        layer = int(placed.module.tensors[0].split(".")[1])
+        return config.device if layer in config.vram_layers else "cpu"
+
+    modules = tuple(replace(placed, device=device(placed)) for placed in placement.modules)
+    return replace(placement, modules=modules)
 
 
 _Table = dict[tuple[str, str], _Line]

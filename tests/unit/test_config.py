@@ -157,8 +157,13 @@ def test_a_text_flag_with_a_range_takes_a_number_too() -> None:
 
 
 def test_a_gpu_refuses_cache_types_it_has_not() -> None:
-    with pytest.raises(ConfigError, match=r"--kv_dtype f16 .* valid there are auto and bf16"):
+    with pytest.raises(
+        ConfigError, match=r"--kv_dtype f16 .* GPU; valid there are auto, bf16, fp8"
+    ):
         resolved(HostFacts(8, 4, 1), kv_dtype="f16")
+    assert resolved(HostFacts(8, 4, 1), kv_dtype="fp8").kv_dtype == "fp8"
+    with pytest.raises(ConfigError, match="fp8 is not available on the CPU"):
+        resolved(kv_dtype="fp8")
 
 
 def test_the_place_of_experts_is_decided_once() -> None:

@@ -312,6 +312,18 @@ def test_plan_adds_up() -> None:
     assert f"at most {1e9 / (dense + experts / 4 + 1):.1f} tokens/s" in text
 
 
+def test_plan_of_a_gpu_shows_where_experts_lie() -> None:
+    spec = make_spec()
+    tensors = tensors_of(spec)
+    config = Config(device="cuda:0", vram_layers=(0,), max_batch_size=1, cache_lens=64)
+    host = PlanHost(10**9, 1e9, gpu_bytes=(10**9,), gpu_bytes_per_s=1e10)
+    text = plan_text(spec, tensors, config, host)
+    experts = [line.split() for line in text.splitlines() if line.startswith("routed experts")]
+    assert sorted(line[2] for line in experts) == ["cpu", "cuda:0"]
+    assert "embedding       cuda:0" in text
+    assert "tokens/s" in text
+
+
 def test_plan_with_gpu_and_without_bandwidth() -> None:
     spec = make_spec()
     tensors = tensors_of(spec)
