@@ -40,6 +40,8 @@ ALL_TYPES = FLOATS + QUANTISED
 FAST_TYPES = FLOATS + tuple(
     T[name]
     for name in [
+        "Q2_K",
+        "Q3_K",
         "Q4_0",
         "Q4_1",
         "Q5_0",

@@ -67,8 +67,9 @@ void shared_ranges(kt::Workers& workers, int rounds) {
   for (int round = 0; round < rounds; ++round) {
     kt::TailCounter tail;
     std::fill(visits.begin(), visits.end(), 0);
+    const int64_t unit = 1 + round % 9;
     workers.for_each([&](int32_t worker) {
-      kt::share_range(kCount, worker, workers.num_threads(), 7, tail,
+      kt::share_range(kCount, unit, worker, workers.num_threads(), 1 + round % 7, tail,
                       [&](int64_t first, int64_t last) {
                         for (int64_t i = first; i < last; ++i) {
                           ++visits[static_cast<size_t>(i)];

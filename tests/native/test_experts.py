@@ -107,6 +107,31 @@ def test_a_token_alone_has_the_same_bits(isa: int) -> None:
     np.testing.assert_array_equal(results[0], results[1])
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 70, 140])
+def test_the_result_does_not_depend_on_the_number_of_workers(tokens: int) -> None:
+    """Enough experts that bands are cut into segments, and (140 tokens) too many rows for that."""
+    experts, hidden, inner, top_k = 40, 640, 256, 8
+    rng = np.random.default_rng(tokens)
+    shapes = [(T.Q4_K, inner, 512), (T.Q4_K, inner, 512), (T.Q6_K, hidden, inner)]
+    raw = [random_tensor(kind, experts * rows, cols) for kind, rows, cols in shapes]
+    x = rng.standard_normal((tokens, 512), np.float32)
+    ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k].astype(np.int32)
+    w = rng.random((tokens, top_k)).astype(np.float32)
+    results = []
+    for threads in (1, 2, 3, 7):
+        with Pool(threads, pin=False) as pool:
+            gate, up, down = (
+                Matrix(pool, int(kind), data, rows, cols, experts)
+                for (kind, rows, cols), data in zip(shapes, raw, strict=True)
+            )
+            with gate, up, down:
+                # Who takes which piece differs from run to run.
+                results += [experts_multiply((gate, up, down), x, ids, w) for _ in range(5)]
+    assert np.isfinite(results[0]).all()
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
 def test_skewed_routing(pool: Pool) -> None:
     """Every token on one expert, more rows than a block of the kernels."""
     layer = Layer(pool, T.F32, T.F32)

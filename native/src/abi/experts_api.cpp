@@ -25,6 +25,7 @@ struct Workspace {
   int64_t x_bytes = 0;
   int64_t mid_row_bytes = 0;
   int32_t max_cols = 0;
+  int32_t max_rows = 0;
 };
 
 Weight as_weight(const Matrix& matrix) {
@@ -40,21 +41,23 @@ Weight as_weight(const Matrix& matrix) {
 
 // The pool's work area, replaced when it is too small.
 Workspace& workspace_for(kt_pool& pool, int64_t pairs, int32_t experts, int64_t x_bytes,
-                         int64_t mid_row_bytes, int32_t max_cols) {
+                         int64_t mid_row_bytes, int32_t max_cols, int32_t max_rows) {
   auto* known = static_cast<Workspace*>(pool.expert_memory.get());
   if (known != nullptr && pairs <= known->buffers.max_pairs &&
       experts <= known->buffers.max_experts && x_bytes <= known->x_bytes &&
-      mid_row_bytes <= known->mid_row_bytes && max_cols <= known->max_cols) {
+      mid_row_bytes <= known->mid_row_bytes && max_cols <= known->max_cols &&
+      max_rows <= known->max_rows) {
     return *known;
   }
   auto fresh = std::make_shared<Workspace>();
   allocate_expert_buffers(pool.workers, fresh->arena, pairs, experts, mid_row_bytes, max_cols,
-                          fresh->buffers);
+                          max_rows, fresh->buffers);
   fresh->x = fresh->arena.allocate(x_bytes);
   fresh->tails = fresh->arena.allocate_array<TailCounter>(2);
   fresh->x_bytes = x_bytes;
   fresh->mid_row_bytes = mid_row_bytes;
   fresh->max_cols = max_cols;
+  fresh->max_rows = max_rows;
   pool.expert_memory = fresh;
   return *fresh;
 }
@@ -76,9 +79,10 @@ void multiply(kt_pool& pool, const ExpertWeights& weights, const float* x, const
   const ActKind kind = weights.gate->act;
   const int64_t stride = act_row_bytes(kind, cols);
   const std::lock_guard<std::mutex> lock(pool.expert_lock);
-  Workspace& space = workspace_for(
-      pool, int64_t{num_tokens} * top_k, weights.gate->num_experts, stride * num_tokens,
-      act_row_bytes(weights.down->act, weights.down->cols), std::max(cols, weights.down->cols));
+  Workspace& space =
+      workspace_for(pool, int64_t{num_tokens} * top_k, weights.gate->num_experts,
+                    stride * num_tokens, act_row_bytes(weights.down->act, weights.down->cols),
+                    std::max(cols, weights.down->cols), weights.down->rows);
   ExpertJob job;
   job.weights = weights;
   job.x = space.x;

@@ -34,14 +34,15 @@ void ExpertSet::finish() {
     fail_state("finish needs at least one layer, and only once");
   }
   int64_t acts = 0, mid = 0;
-  int32_t experts = 0, cols = 0;
+  int32_t experts = 0, cols = 0, rows = 0;
   for (const Layer& layer : layers_) {
     acts = std::max(acts, act_row_bytes(layer.gate.act, layer.gate.cols));
     mid = std::max(mid, act_row_bytes(layer.down.act, layer.down.cols));
     experts = std::max(experts, layer.gate.num_experts);
     cols = std::max({cols, layer.gate.cols, layer.down.cols});
+    rows = std::max(rows, layer.down.rows);
   }
-  allocate_expert_buffers(workers_, arena_, int64_t{max_tokens_} * top_k_, experts, mid, cols,
+  allocate_expert_buffers(workers_, arena_, int64_t{max_tokens_} * top_k_, experts, mid, cols, rows,
                           buffers_);
   acts_ = arena_.allocate(acts * max_tokens_);
   used_ = arena_.allocate_array<uint8_t>(max_tokens_);

@@ -27,6 +27,10 @@ bool has_prompts(const Grouping& g) {
   return false;
 }
 
+int32_t num_pairs(const Grouping& g) {
+  return g.num_active == 0 ? 0 : g.start[g.active[g.num_active - 1] + 1];
+}
+
 // Calls body(expert, first, last, next) for the units of a piece [lo, hi) of the cost axis on which
 // every active expert occupies `units` consecutive tasks; next: the expert whose unit 0 the piece
 // goes on with, or -1.
@@ -36,6 +40,10 @@ void walk_costs(const Grouping& g, int64_t units, int64_t lo, int64_t hi, Body&&
   for (int32_t i = 0; i < g.num_active && start < hi; ++i) {
     const int32_t expert = g.active[i];
     const int64_t cost = unit_cost(g, expert);
+    if (start + units * cost <= lo) {
+      start += units * cost;
+      continue;
+    }
     // A unit belongs to the piece in which its cost begins.
     const int64_t first = lo <= start ? 0 : std::min(units, (lo - start + cost - 1) / cost);
     const int64_t last = std::min(units, (hi - start + cost - 1) / cost);
@@ -185,8 +193,8 @@ void up_units(const UpTask& task, int64_t first, int64_t last) {
   }
 }
 
-// What phase 2 on bands [first, last) of one part needs. out: where the first band's column of
-// token 0 is summed up.
+// What phase 2 on bands [first, last) of one part needs. experts: of the active ones. out: where
+// the first band's column of token 0 is summed up.
 struct DownTask {
   const ExpertJob& job;
   ExpertBuffers& buffers;
@@ -194,6 +202,7 @@ struct DownTask {
   size_t part;
   int64_t first;
   int64_t last;
+  Range experts;
   float* out;
   int64_t out_stride;
 
@@ -210,7 +219,7 @@ struct DownTask {
     if (band < last) {
       return band_at(matrix(), grouping().active[i], static_cast<int32_t>(band));
     }
-    const bool is_last = i + 1 == grouping().num_active;
+    const bool is_last = i + 1 == experts.last;
     return is_last ? nullptr
                    : band_at(matrix(), grouping().active[i + 1], static_cast<int32_t>(first));
   }
@@ -218,13 +227,13 @@ struct DownTask {
 
 // Adds the sums of m pairs and of `count` bands to their tokens.
 void add_bands(const DownTask& task, int32_t at, int32_t m, int64_t band, int32_t count,
-               int32_t stride) {
+               const float* sums, int32_t stride) {
   const Grouping& g = task.grouping();
   for (int32_t b = 0; b < count; ++b) {
     const int64_t to = (band + b - task.first) * kBandRows;
     const auto rows = static_cast<int32_t>(std::min<int64_t>(kBandRows, task.columns() - to));
     task.job.vector->add_band(task.out + to, task.out_stride, g.tokens + at, g.weights + at,
-                              task.buffers.temps[task.worker] + b * kBandRows, stride, m, rows);
+                              sums + b * kBandRows, stride, m, rows);
   }
 }
 
@@ -260,16 +269,17 @@ void down_prompt(const DownTask& task, int32_t i) {
           task.matrix(), g.active[i], static_cast<int32_t>(band), bands,
           task.buffers.mid + at * stride, stride, m, task.buffers.temps[task.worker], kUnitRows,
           task.buffers.scratch[task.worker], task.band_after(band + 2, i));
-      add_bands(task, at, m, band, bands, kUnitRows);
+      add_bands(task, at, m, band, bands, task.buffers.temps[task.worker], kUnitRows);
     }
   }
 }
 
-// All experts' products with the bands of the task, in id order.
-void down_experts(const DownTask& task) {
+// The products of the task's experts with its bands, in id order. kept: [pairs, 16] takes the sums
+// of the only band; nullptr adds them to the outputs.
+void down_experts(const DownTask& task, float* kept) {
   const Grouping& g = task.grouping();
   const int64_t stride = task.mid_stride();
-  for (int32_t i = 0; i < g.num_active; ++i) {
+  for (auto i = static_cast<int32_t>(task.experts.first); i < task.experts.last; ++i) {
     const int32_t expert = g.active[i];
     const int32_t end = g.start[expert + 1];
     int32_t at = g.start[expert];
@@ -279,12 +289,16 @@ void down_experts(const DownTask& task) {
     }
     for (; at < end; at += kRowBlock) {
       const int32_t m = std::min(kRowBlock, end - at);
+      float* sums =
+          kept != nullptr ? kept + int64_t{at} * kBandRows : task.buffers.temps[task.worker];
       for (int64_t band = task.first; band < task.last; ++band) {
-        task.job.matrix->multiply_band(
-            task.matrix(), expert, static_cast<int32_t>(band), task.buffers.mid + at * stride,
-            stride, nullptr, m, task.buffers.temps[task.worker], kBandRows,
-            task.buffers.scratch[task.worker], task.band_after(band + 1, i));
-        add_bands(task, at, m, band, 1, kBandRows);
+        task.job.matrix->multiply_band(task.matrix(), expert, static_cast<int32_t>(band),
+                                       task.buffers.mid + at * stride, stride, nullptr, m, sums,
+                                       kBandRows, task.buffers.scratch[task.worker],
+                                       task.band_after(band + 1, i));
+        if (kept == nullptr) {
+          add_bands(task, at, m, band, 1, sums, kBandRows);
+        }
       }
     }
   }
@@ -313,13 +327,14 @@ void begin_sums(const DownTask& task) {
 // caches.
 void down_bands(const ExpertJob& job, ExpertBuffers& buffers, size_t worker, size_t p,
                 int64_t first, int64_t last) {
-  DownTask task = {job, buffers, worker, p, first, last, nullptr, 0};
+  const Range experts = {0, buffers.groupings[worker].num_active};
+  DownTask task = {job, buffers, worker, p, first, last, experts, nullptr, 0};
   const int64_t fit = kGatherBytes / (int64_t{job.num_tokens} * kBandRows * 4) / 2 * 2;
   if (job.num_tokens < kCompactTokens || fit == 0) {
     task.out = job.out + task.column();
     task.out_stride = job.out_stride;
     begin_sums(task);
-    down_experts(task);
+    down_experts(task, nullptr);
     return;
   }
   for (; task.first < last; task.first = task.last) {
@@ -327,13 +342,38 @@ void down_bands(const ExpertJob& job, ExpertBuffers& buffers, size_t worker, siz
     task.out = reinterpret_cast<float*>(buffers.rows[worker]);
     task.out_stride = (task.last - task.first) * kBandRows;
     begin_sums(task);
-    down_experts(task);
+    down_experts(task, nullptr);
     for (int32_t t = 0; t < job.num_tokens; ++t) {
       if (job.used == nullptr || job.used[t] != 0) {
         std::memcpy(job.out + t * job.out_stride + task.column(), task.out + t * task.out_stride,
                     static_cast<size_t>(task.columns()) * 4);
       }
     }
+  }
+}
+
+// Segments `range` of a band of `segments`: the sums are kept until the last segment is there, and
+// its worker adds them all, in id order.
+void down_segments(const ExpertJob& job, ExpertBuffers& buffers, size_t worker, size_t p,
+                   int64_t band, Range range, int64_t segments) {
+  const Grouping& g = buffers.groupings[worker];
+  const Range experts = {g.num_active * range.first / segments,
+                         g.num_active * range.last / segments};
+  DownTask task = {job, buffers, worker, p, band, band + 1, experts, nullptr, job.out_stride};
+  const int64_t slot = job.weights.down->parts[p].first_band + band;
+  float* kept = buffers.kept + slot * buffers.kept_pairs * kBandRows;
+  down_experts(task, kept);
+  std::atomic<int64_t>& arrived = buffers.arrived[slot].next;
+  const int64_t count = range.last - range.first;
+  if (arrived.fetch_add(count, std::memory_order_acq_rel) + count != segments) {
+    return;
+  }
+  arrived.store(0, std::memory_order_relaxed);  // for the next layer, behind a barrier
+  task.out = job.out + task.column();
+  begin_sums(task);
+  for (int32_t i = 0; i < g.num_active; ++i) {
+    const int32_t at = g.start[g.active[i]], end = g.start[g.active[i] + 1];
+    add_bands(task, at, end - at, band, 1, kept + int64_t{at} * kBandRows, kBandRows);
   }
 }
 
@@ -353,10 +393,15 @@ void check_expert_weights(const ExpertWeights& w, const char* op) {
 }
 
 void allocate_expert_buffers(Workers& workers, Arena& arena, int64_t max_pairs, int32_t max_experts,
-                             int64_t mid_row_bytes, int32_t max_cols, ExpertBuffers& buffers) {
+                             int64_t mid_row_bytes, int32_t max_cols, int32_t max_rows,
+                             ExpertBuffers& buffers) {
+  const int64_t max_bands = (int64_t{max_rows} + kBandRows - 1) / kBandRows;
   buffers.max_pairs = max_pairs;
   buffers.max_experts = max_experts;
   buffers.mid = arena.allocate(max_pairs * mid_row_bytes);
+  buffers.kept_pairs = std::min(max_pairs, kKeptPairs);
+  buffers.kept = arena.allocate_array<float>(max_bands * buffers.kept_pairs * kBandRows);
+  buffers.arrived = arena.allocate_array<TailCounter>(max_bands);
   for (int32_t w = 0; w < workers.num_threads(); ++w) {
     Grouping grouping;
     grouping.start = arena.allocate_array<int32_t>(max_experts + 1);
@@ -424,7 +469,7 @@ void run_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers
   const bool gathers = has_prompts(g);
   const int64_t chunk = 1 + cost / std::max<int64_t>(units * g.num_active, 1) *
                                 (gathers ? std::max<int64_t>(units / 4, 1) : 1);
-  share_range(cost, worker - team.first, team.last - team.first, chunk, job.tails[p],
+  share_range(cost, 1, worker - team.first, team.last - team.first, chunk, job.tails[p],
               [&](int64_t lo, int64_t hi) {
                 walk_costs(g, units, lo, hi,
                            [&](int32_t expert, int64_t first, int64_t last, int32_t next) {
@@ -441,12 +486,30 @@ void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffe
   const Range team = part_workers(workers, parts, p);
   const int64_t bands = job.weights.down->parts[p].matrix.num_bands;
   const Grouping& g = buffers.groupings[static_cast<size_t>(worker)];
-  const int64_t step = has_prompts(g) ? 2 : 1;
-  share_range((bands + step - 1) / step, worker - team.first, team.last - team.first, 1,
-              job.tails[job.weights.gate->parts.size() + p], [&](int64_t first, int64_t last) {
-                down_bands(job, buffers, static_cast<size_t>(worker), p, step * first,
-                           std::min(step * last, bands));
-              });
+  // A worker's share is a few bands of all experts, too coarse to balance with: the last ones are
+  // cut into segments of a few experts. Prompt tokens are multiplied with two bands at a time.
+  const bool prompts = has_prompts(g);
+  const int64_t band_bytes = g.num_active * job.weights.down->parts[p].matrix.band_bytes;
+  const int64_t most = prompts || num_pairs(g) > buffers.kept_pairs ? 1 : 8;
+  const int64_t segments = std::clamp<int64_t>(band_bytes / kPieceBytes, 1, most);
+  const int64_t chunk = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(band_bytes, 1));
+  const int64_t step = prompts ? 2 : 1;
+  const auto w = static_cast<size_t>(worker);
+  const auto run = [&](int64_t lo, int64_t hi) {
+    while (lo < hi) {
+      const int64_t band = lo / segments, begin = lo % segments;
+      if (begin != 0 || hi - lo < segments) {
+        const int64_t end = std::min(segments, begin + hi - lo);
+        down_segments(job, buffers, w, p, band, {begin, end}, segments);
+        lo += end - begin;
+        continue;
+      }
+      down_bands(job, buffers, w, p, step * band, std::min(step * (hi / segments), bands));
+      lo = hi / segments * segments;
+    }
+  };
+  share_range((bands + step - 1) / step * segments, segments, worker - team.first,
+              team.last - team.first, chunk, job.tails[job.weights.gate->parts.size() + p], run);
 }
 
 }  // namespace kt

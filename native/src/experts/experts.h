@@ -7,7 +7,9 @@
 //  its tokens: silu(gate) * up is prepared in place, because 32 columns are one block of the
 //  prepared form. Barrier. Phase 2 (run_down): a task is one band of output rows. Its owner walks
 //  the experts in id order and adds weight * down to the output, so a token's result never depends
-//  on the other tokens of the step, and nothing is added atomically.
+//  on the other tokens of the step, and nothing is added atomically. The last bands of a decode
+//  step are cut into segments of some experts, whose products are kept until all are there and then
+//  added in the same order.
 //  Prompt tokens: an expert's pairs of prompt tokens come before its other pairs. Where the kernels
 //  have multiply_prompt, they are multiplied by it, from rows copied next to each other.
 #pragma once
@@ -25,6 +27,8 @@ namespace kt {
 // Rows handled per kernel call: bounds the temporaries; the band is then still in L1/L2.
 inline constexpr int32_t kRowBlock = 64;
 inline constexpr int32_t kUnitRows = 2 * kBandRows;
+// Most pairs of a step whose last down bands are cut into segments.
+inline constexpr int64_t kKeptPairs = 1024;
 // Prepared prompt rows that are copied together at a time, and sums of many tokens: half of a
 // core's L2 cache.
 inline constexpr int64_t kGatherBytes = 1 << 20;
@@ -54,6 +58,9 @@ struct ExpertBuffers {
   int64_t max_pairs = 0;
   int32_t max_experts = 0;
   uint8_t* mid = nullptr;           // prepared intermediate rows [max_pairs]
+  int64_t kept_pairs = 0;           // most pairs of a step whose bands are cut into segments
+  float* kept = nullptr;            // [bands of down, kept_pairs, 16] sums of those bands
+  TailCounter* arrived = nullptr;   // [bands of down] segments that are there; 0 between layers
   std::vector<Grouping> groupings;  // per worker
   std::vector<float*> temps;        // per worker: 2 * kPromptRows * kUnitRows floats
   std::vector<uint8_t*> rows;     // per worker: prompt rows of one expert, then sums; kGatherBytes
@@ -61,7 +68,8 @@ struct ExpertBuffers {
 };
 
 void allocate_expert_buffers(Workers& workers, Arena& arena, int64_t max_pairs, int32_t max_experts,
-                             int64_t mid_row_bytes, int32_t max_cols, ExpertBuffers& buffers);
+                             int64_t mid_row_bytes, int32_t max_cols, int32_t max_rows,
+                             ExpertBuffers& buffers);
 
 struct ExpertJob {
   ExpertWeights weights;

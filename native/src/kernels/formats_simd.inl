@@ -35,13 +35,15 @@ struct Traits {
   static constexpr int kMax = kLargest;
   static constexpr int kOffset = kAdded;
 };
+using Unsigned2 = Traits<true, true, 3, 0>;
+using Offset3 = Traits<true, false, 7, 4>;
 using Unsigned4 = Traits<false, true, 15, 0>;
 using Unsigned5 = Traits<false, true, 31, 0>;
 using Offset4 = Traits<false, false, 15, 8>;
 using Offset5 = Traits<false, false, 31, 16>;
 using Offset6 = Traits<true, false, 63, 32>;
 using Signed8 = Traits<false, false, 255, 128>;
-using Any8 = Traits<true, true, 255, 128>;  // what decode_block gives: any type
+using Block8 = Traits<true, false, 255, 128>;  // GGUF blocks as decode_block gives them
 
 inline void split_nibbles(const uint8_t* line, V::I* lo, V::I* hi) {
   const V::I x = V::load(line);
@@ -50,20 +52,20 @@ inline void split_nibbles(const uint8_t* line, V::I* lo, V::I* hi) {
   *hi = V::and_(V::srl16<4>(x), mask);
 }
 
-// Puts bit p (0..7) of every byte of `bits` at bit 4 of `low`.
-template <int kP>
-inline V::I add_bit4(V::I low, V::I bits) {
-  if constexpr (kP < 4) {
-    return V::or_masked(low, V::sll16<4 - kP>(bits), V::set8(16));
+// Puts bit p (0..7) of every byte of `bits` at bit kTo of `low`.
+template <int kTo, int kP>
+inline V::I add_bit(V::I low, V::I bits) {
+  if constexpr (kP < kTo) {
+    return V::or_masked(low, V::sll16<kTo - kP>(bits), V::set8(1 << kTo));
   } else {
-    return V::or_masked(low, V::srl16<kP - 4>(bits), V::set8(16));
+    return V::or_masked(low, V::srl16<kP - kTo>(bits), V::set8(1 << kTo));
   }
 }
 
 template <int kJ>
 inline void add_top_bits(V::I bits, V::I* lo, V::I* hi) {
-  *lo = add_bit4<2 * kJ>(*lo, bits);
-  *hi = add_bit4<2 * kJ + 1>(*hi, bits);
+  *lo = add_bit<4, 2 * kJ>(*lo, bits);
+  *hi = add_bit<4, 2 * kJ + 1>(*hi, bits);
 }
 
 // A 16-entry table in every 128-bit lane.
@@ -250,6 +252,76 @@ struct Q5_K : Unsigned5 {
   V::F min(int b) const { return scales.min(b); }
 };
 
+// Pairs of bits of 8 columns from a line of 16; kJ as in pair().
+template <int kJ>
+inline void split_pairs(const uint8_t* line, V::I* lo, V::I* hi) {
+  const V::I bits = V::load(line);
+  const V::I mask = V::set8(3);
+  constexpr int kShift = kJ % 2 * 4;
+  if constexpr (kShift == 0) {
+    *lo = V::and_(bits, mask);
+  } else {
+    *lo = V::and_(V::srl16<kShift>(bits), mask);
+  }
+  *hi = V::and_(V::srl16<kShift + 2>(bits), mask);
+}
+
+struct Q2_K : Unsigned2 {
+  static constexpr int kStep = block_step(kQ2_K);
+  const uint8_t* tile;
+  const uint8_t* bytes;
+  V::F d, dmin;
+  Q2_K(const uint8_t* at, const uint8_t*, int, int half)
+      : tile(at + half * 32),
+        bytes(at + 1024 + half * 8),
+        d(V::halves(at + 1280 + half * 16)),
+        dmin(V::halves(at + 1312 + half * 16)) {}
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_pairs<kJ>(tile + b * 128 + kJ / 2 * 64, lo, hi);
+  }
+  V::F scale(int i) const {
+    return V::mul(d, V::to_float(V::and_(V::widen_u8(bytes + i * 16), V::set32(15))));
+  }
+  V::F min(int i) const {
+    return V::mul(dmin, V::to_float(V::srl32(V::widen_u8(bytes + i * 16), 4)));
+  }
+};
+
+struct Q3_K : Offset3 {
+  static constexpr int kStep = block_step(kQ3_K);
+  alignas(64) uint8_t value[16][16];  // scales as int8
+  const uint8_t* tile;
+  V::F d;
+  int shift;
+  Q3_K(const uint8_t* at, const uint8_t* halves, int, int half)
+      : tile(at + half * 32), d(V::halves(halves + half * 16)), shift(half * 8) {
+    const uint8_t* planes = at + 1536;
+    const V::I four = V::set8(15), top = V::set8(0x30), offset = V::set8(32);
+    for (int i = 0; i < 64; i += V::kBytes) {  // four planes at a time
+      const V::I a = V::load(planes + i);
+      const V::I b = V::load(planes + 64 + i);
+      const V::I c = V::load(planes + 128 + i);
+      const V::I low[4] = {V::and_(a, four), V::and_(b, four), V::and_(V::srl16<4>(a), four),
+                           V::and_(V::srl16<4>(b), four)};
+      const V::I high[4] = {V::sll16<4>(c), V::sll16<2>(c), c, V::srl16<2>(c)};
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        V::store(&value[4 * j][0] + i, V::sub8(V::or_masked(low[j], high[j], top), offset));
+      }
+    }
+  }
+  template <int kJ>
+  void pair(int b, V::I* lo, V::I* hi) const {
+    split_pairs<kJ>(tile + b * 128 + kJ / 2 * 64, lo, hi);
+    const V::I bits = V::load(tile + 1024 + b * 64);
+    *lo = add_bit<2, 2 * kJ>(*lo, bits);
+    *hi = add_bit<2, 2 * kJ + 1>(*hi, bits);
+  }
+  V::F scale(int i) const { return V::mul(d, V::to_float(V::widen_s8(&value[i][shift]))); }
+  V::F min(int) const { return V::zero(); }
+};
+
 struct Q6_K : Offset6 {
   static constexpr int kStep = block_step(kQ6_K);
   const uint8_t* tile;
@@ -282,6 +354,27 @@ struct alignas(64) DecodedTile {
   float scale[16][16];    // [group][row]
   float min[16][16];
 };
+
+// Decodes a tile of a type kept as GGUF blocks, none of which has mins. blocks: room for 16.
+void decode_gguf_tile(int32_t type, int32_t block_bytes, const uint8_t* at, const uint8_t* ahead,
+                      DecodedBlock* blocks, DecodedTile* tile) {
+  for (int r = 0; r < kBandRows; ++r) {
+    if (ahead != nullptr) {
+      prefetch<2>(ahead + r * block_bytes);
+    }
+    decode_block(type, at + r * block_bytes, blocks + r);
+  }
+  const V::I flip = V::kDotU8 ? V::set8(-128) : V::zero_i();
+  for (int half = 0; half < 16 / V::kRows; ++half) {
+    const DecodedBlock* rows = blocks + half * V::kRows;
+    for (int g = 0; g < 64; g += V::kRows) {
+      V::transpose(rows->q + 4 * g, sizeof(DecodedBlock), flip, &tile->lines[g][half * 32]);
+    }
+    for (int g = 0; g < 16; g += V::kRows) {
+      V::transpose(rows->scale + g, sizeof(DecodedBlock), V::zero_i(), &tile->scale[g][half * 8]);
+    }
+  }
+}
 
 template <class T>
 struct FromMemory : T {

@@ -15,11 +15,17 @@
 //            Q4_K                   nibbles, scales [12][16], f16 d[16], dmin[16]
 //            Q5_K                   nibbles, 8 lines of top bits, scales [12][16], d[16], dmin[16]
 //            IQ4_XS                 nibbles, scales_l [4][16], d[16], scales_h u16 [16]
-//   Q6_K                            nibbles, 16 lines of top pairs (bits 2p of byte t in line j =
-//                                   k 16j + 4p + t), int8 scales [16][16]; the f16 d of all tiles
-//                                   lie before the first tile (they would misalign every second)
+//            Q2_K                   16 lines of pairs (bits 2p of byte t in line j = k 16j + 4p +
+//            t),
+//                                   scales and mins [16][16], d[16], dmin[16]
+//            Q3_K                   16 lines of pairs, 8 lines of top bits, scales [12][16]; the d
+//            as
+//                                   those of Q6_K
+//   Q6_K                            nibbles, 16 lines of top pairs, int8 scales [16][16]; the
+//                                   f16 d of all tiles lie before the first tile (they would
+//                                   misalign every second)
 //   F32  line k;   F16  half line k (32 bytes);   BF16  line of pairs (k = 2j low, 2j + 1 high)
-// Every other type keeps the GGUF bytes of its 16 rows one after another.
+// Every other type keeps its GGUF blocks: those of the 16 rows side by side, tile after tile.
 // Every tile size equals the bytes of its GGUF blocks; only the end of a band is padded to 64.
 #pragma once
 
@@ -63,6 +69,10 @@ struct ActLayout {
 // Bytes of a full 256-column tile of an R16 type; 0 for types with another layout.
 [[maybe_unused]] constexpr int64_t tile_bytes(int32_t type) {
   switch (type) {
+    case kQ2_K:
+      return 1344;
+    case kQ3_K:
+      return 1728;
     case kQ4_0:
     case kIQ4_NL:
     case kQ4_K:
@@ -88,7 +98,7 @@ struct ActLayout {
 
 // Bytes before the first tile of a band.
 [[maybe_unused]] constexpr int64_t band_header(int32_t type, int64_t cols) {
-  return type == kQ6_K ? align_up(cols / kTileCols * 32, 64) : 0;
+  return type == kQ6_K || type == kQ3_K ? align_up(cols / kTileCols * 32, 64) : 0;
 }
 
 }  // namespace

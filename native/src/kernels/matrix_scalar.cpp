@@ -124,9 +124,7 @@ void decode_tile(const Matrix& w, const uint8_t* band, int32_t tile, int32_t row
   if (has_tiles(w.type)) {
     unpack_tile(w.type, w.cols, band, tile, row, raw);
   } else {
-    const int64_t row_bytes =
-        static_cast<int64_t>(w.cols) / traits->block_size * traits->block_bytes;
-    src = band + row * row_bytes + tile * (kTileCols / traits->block_size * traits->block_bytes);
+    src = band + (int64_t{tile} * kBandRows + row) * traits->block_bytes;
   }
   if (traits->block_size == kTileCols) {
     return decode_block(w.type, src, out);

@@ -69,7 +69,9 @@ void prepare(ActKind kind, const float* x, int32_t cols, int32_t first, int32_t 
 template <class T, int M>
 struct Dots {
   static constexpr bool kNative = V::kDotU8;
-  static constexpr int kRun = T::kMax == 255 ? 1 : 32767 / (2 * 127 * T::kMax);
+  static constexpr int kLines = T::kGroup16 ? 4 : 8;
+  static constexpr int kFit = T::kMax == 255 ? 1 : 32767 / (2 * 127 * T::kMax);
+  static constexpr int kRun = kFit < kLines ? kFit : kLines;
   V::I sum[M];
   V::I part[kNative ? 1 : M];
 
@@ -82,6 +84,8 @@ struct Dots {
         sum[i] = V::zero_i();
       } else if constexpr (T::kGroup16 && T::kOffset == 128) {
         sum[i] = V::sll32(V::repeat32(x[i] + off), 2);  // off32 -> off128
+      } else if constexpr (T::kGroup16 && T::kOffset == 4) {
+        sum[i] = V::sra32<3>(V::repeat32(x[i] + off));  // off32 -> off4
       } else if constexpr (T::kGroup16 || T::kOffset == 128) {
         sum[i] = V::repeat32(x[i] + off);
       } else {
@@ -321,29 +325,16 @@ void multiply_format(const BandJob& job) {
   }
 }
 
-// Types kept as GGUF bytes: decode_block, then lines of (value + 128).
+// Types kept as GGUF blocks: all rows through a decoded tile.
 void multiply_gguf(const BandJob& job) {
-  const TypeTraits* traits = type_traits(job.w->type);
+  const int32_t block_bytes = type_traits(job.w->type)->block_bytes;
+  const int64_t step = kBandRows * block_bytes;
   auto* decoded = static_cast<DecodedTile*>(job.scratch);
-  auto* block = reinterpret_cast<DecodedBlock*>(decoded + 1);
-  const int64_t row_bytes =
-      static_cast<int64_t>(job.w->cols) / traits->block_size * traits->block_bytes;
-  constexpr uint32_t kFlip = V::kDotU8 ? 0x80808080u : 0u;
+  auto* blocks = reinterpret_cast<DecodedBlock*>(decoded + 1);
   for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
-    for (int32_t r = 0; r < kBandRows; ++r) {
-      decode_block(job.w->type, job.band + r * row_bytes + tile * traits->block_bytes, block);
-      for (int g = 0; g < 64; ++g) {
-        uint32_t word;
-        __builtin_memcpy(&word, block->q + 4 * g, 4);
-        word ^= kFlip;
-        __builtin_memcpy(&decoded->lines[g][4 * r], &word, 4);
-      }
-      for (int i = 0; i < 16; ++i) {
-        decoded->scale[i][r] = block->scale[i];
-        decoded->min[i][r] = block->min[i];
-      }
-    }
-    add_decoded_rows<Any8>(job, *decoded, tile);
+    decode_gguf_tile(job.w->type, block_bytes, job.band + tile * step, job.ahead(tile, step),
+                     blocks, decoded);
+    add_decoded_rows<Block8>(job, *decoded, tile);
   }
 }
 
@@ -477,6 +468,10 @@ void multiply_job(const BandJob& job) {
       return multiply_format<Q5_1, Unsigned5>(job);
     case kQ8_0:
       return multiply_format<Q8_0, Signed8>(job);
+    case kQ2_K:
+      return multiply_format<Q2_K, Unsigned2>(job);
+    case kQ3_K:
+      return multiply_format<Q3_K, Offset3>(job);
     case kQ4_K:
       return multiply_format<Q4_K, Unsigned4>(job);
     case kQ5_K:

@@ -28,7 +28,6 @@ uint64_t load64(const uint8_t* p) {
 void store64(uint8_t* p, uint64_t value) { std::memcpy(p, &value, 8); }
 
 constexpr uint64_t kNibbles = 0x0f0f0f0f0f0f0f0fu;
-constexpr uint32_t kPairs = 0x03030303u;
 constexpr uint32_t kBits = 0x01010101u;
 
 // Nibbles at bit `shift` of eight GGUF bytes (eight columns) <-> one tile word, which holds the
@@ -44,21 +43,36 @@ inline void move_nibbles(uint8_t* gguf, int shift, uint8_t* word) {
   }
 }
 
-// Bits of `mask` at bit `shift` of 4 * kCount GGUF bytes <-> one tile word, four bytes after the
-// other at bits 0, kStep, 2 kStep ..
-template <bool kPack, int kCount, int kStep>
-inline void move_planes32(uint8_t* gguf, int shift, uint32_t mask, uint8_t* word) {
-  if constexpr (kPack) {
-    uint32_t bits = 0;
-    for (int i = 0; i < kCount; ++i) {
-      bits |= ((load32(gguf + 4 * i) >> shift) & mask) << (kStep * i);
+// Transposes bits within every byte of some words: field j of word i <-> field i of word j, with
+// 8 words of 1-bit fields or 4 words of 2-bit fields. Its own inverse.
+template <int kWords>
+inline void transpose_fields(uint32_t* words) {
+  constexpr int kWidth = 8 / kWords;
+  for (int step = kWords / 2; step > 0; step /= 2) {
+    const uint32_t mask = step * kWidth == 4   ? 0x0f0f0f0fu
+                          : step * kWidth == 2 ? 0x33333333u
+                                               : 0x55555555u;
+    for (int i = 0; i < kWords; ++i) {
+      if ((i & step) == 0) {
+        const uint32_t swap = (words[i] >> (step * kWidth) ^ words[i + step]) & mask;
+        words[i] ^= swap << (step * kWidth);
+        words[i + step] ^= swap;
+      }
     }
-    store32(word, bits);
-  } else {
-    const uint32_t bits = load32(word);
-    for (int i = 0; i < kCount; ++i) {
-      store32(gguf + 4 * i, load32(gguf + 4 * i) | ((bits >> (kStep * i)) & mask) << shift);
-    }
+  }
+}
+
+// 4 * kWords GGUF bytes <-> kWords tile words, stride bytes apart: word j gets field j of all
+// bytes, those of GGUF word i as its field i.
+template <bool kPack, int kWords>
+inline void move_fields(uint8_t* gguf, uint8_t* tile_words, int stride) {
+  uint32_t words[kWords];
+  for (int i = 0; i < kWords; ++i) {
+    words[i] = load32(kPack ? gguf + 4 * i : tile_words + stride * i);
+  }
+  transpose_fields<kWords>(words);
+  for (int i = 0; i < kWords; ++i) {
+    store32(kPack ? tile_words + stride * i : gguf + 4 * i, words[i]);
   }
 }
 
@@ -102,6 +116,16 @@ void move_bits32(uint8_t* high, uint8_t* line, int row) {
                 : (((from >> i & kBits) * 0x01020408u) >> 24 & 15u) << (4 * i);
   }
   store32(kPack ? word : high, to);
+}
+
+// 2-bit values of a Q2_K or Q3_K block, top pairs of a Q6_K block: 128 columns share 32 bytes.
+template <bool kPack>
+void move_pairs(uint8_t* qs, uint8_t* lines, int row) {
+  for (int half = 0; half < 2; ++half) {
+    for (int l = 0; l < 2; ++l) {  // quarter q of these 16 bytes is line 8 half + 2 q + l
+      move_fields<kPack, 4>(qs + half * 32 + l * 16, lines + (half * 8 + l) * 64 + row * 4, 128);
+    }
+  }
 }
 
 // The f16 fields of the rows of a tile stand side by side.
@@ -175,9 +199,8 @@ void move_q4_k(uint8_t* block, uint8_t* tile, int row) {
 template <bool kPack>
 void move_q5_k(uint8_t* block, uint8_t* tile, int row) {
   move_nibbles_k<kPack>(block + 48, tile, row);
-  for (int b = 0; b < 8; ++b) {  // bit b of high byte l is column 32 b + l
-    move_planes32<kPack, 8, 1>(block + 16, b, kBits, tile + 2048 + b * 64 + row * 4);
-  }
+  move_fields<kPack, 8>(block + 16, tile + 2048 + row * 4,
+                        64);  // bit b of byte l is column 32 b + l
   move_planes<kPack>(block + 4, tile + 2560, 12, row);
   move_half<kPack>(block, tile + 2752, row);
   move_half<kPack>(block + 2, tile + 2784, row);
@@ -191,13 +214,26 @@ void move_q6_k(uint8_t* block, uint8_t* halves, uint8_t* tile, int row) {
     move_nibbles<kPack>(block + half * 64 + (quarter & 1) * 32 + l, 4 * (quarter >> 1),
                         nibble_word(tile, i, row));
   }
-  for (int i = 0; i < 16; ++i) {
-    const int half = i / 8, quarter = i % 8 / 2, l = i % 2 * 16;
-    move_planes32<kPack, 4, 2>(block + 128 + half * 32 + l, 2 * quarter, kPairs,
-                               tile + 2048 + i * 64 + row * 4);
-  }
+  move_pairs<kPack>(block + 128, tile + 2048, row);
   move_planes<kPack>(block + 192, tile + 3072, 16, row);
   move_half<kPack>(block + 208, halves, row);
+}
+
+template <bool kPack>
+void move_q2_k(uint8_t* block, uint8_t* tile, int row) {
+  move_pairs<kPack>(block + 16, tile, row);
+  move_planes<kPack>(block, tile + 1024, 16, row);
+  move_half<kPack>(block + 80, tile + 1280, row);
+  move_half<kPack>(block + 82, tile + 1312, row);
+}
+
+// halves: as for Q6_K.
+template <bool kPack>
+void move_q3_k(uint8_t* block, uint8_t* halves, uint8_t* tile, int row) {
+  move_pairs<kPack>(block + 32, tile, row);
+  move_fields<kPack, 8>(block, tile + 1024 + row * 4, 64);  // bit b of byte l is column 32 b + l
+  move_planes<kPack>(block + 96, tile + 1536, 12, row);
+  move_half<kPack>(block + 108, halves, row);
 }
 
 template <bool kPack>
@@ -216,6 +252,10 @@ void move_tile(int32_t type, int32_t cols, uint8_t* block, uint8_t* band, int32_
                int32_t row) {
   uint8_t* tile = band + band_header(type, cols) + tile_idx * tile_bytes(type);
   switch (type) {
+    case kQ2_K:
+      return move_q2_k<kPack>(block, tile, row);
+    case kQ3_K:
+      return move_q3_k<kPack>(block, band + tile_idx * 32, tile, row);
     case kQ4_K:
       return move_q4_k<kPack>(block, tile, row);
     case kQ5_K:
@@ -234,7 +274,6 @@ void move_tile(int32_t type, int32_t cols, uint8_t* block, uint8_t* band, int32_
 template <bool kPack>
 void move_row(int32_t type, int32_t cols, uint8_t* src, uint8_t* band, int32_t row) {
   const TypeTraits* traits = type_traits(type);
-  const int64_t row_bytes = static_cast<int64_t>(cols) / traits->block_size * traits->block_bytes;
   if (type == kF32) {
     for (int32_t k = 0; k < cols; ++k) {
       move_bytes<kPack>(src + 4 * k, band + 64 * static_cast<int64_t>(k) + 4 * row, 4);
@@ -249,7 +288,11 @@ void move_row(int32_t type, int32_t cols, uint8_t* src, uint8_t* band, int32_t r
                         band + 64 * static_cast<int64_t>(k / 2) + 4 * row + 2 * (k & 1), 2);
     }
   } else if (tile_bytes(type) == 0) {
-    move_bytes<kPack>(src, band + row * row_bytes, static_cast<size_t>(row_bytes));
+    const int64_t block_bytes = traits->block_bytes;  // of 256 columns
+    for (int32_t tile = 0; tile * kTileCols < cols; ++tile) {
+      move_bytes<kPack>(src + tile * block_bytes, band + (tile * kBandRows + row) * block_bytes,
+                        static_cast<size_t>(block_bytes));
+    }
   } else {
     const int64_t tile_row_bytes = kTileCols / traits->block_size * traits->block_bytes;
     for (int32_t tile = 0; tile * kTileCols < cols; ++tile) {
@@ -282,12 +325,12 @@ bool matrix_format(int32_t type, int32_t cols, ActKind* act, int64_t* band_bytes
     return false;
   }
   const int64_t row_bytes = static_cast<int64_t>(cols) / traits->block_size * traits->block_bytes;
+  const int64_t header = band_header(type, cols);
   // An odd last column of BF16 still takes a whole line of pairs.
   const int64_t bytes =
-      type == kBF16 ? (static_cast<int64_t>(cols) + 1) / 2 * 64
-                    : align_up(kBandRows * row_bytes +
-                                   (type == kQ6_K ? band_header(type, cols) - cols / 256 * 32 : 0),
-                               64);
+      type == kBF16
+          ? (static_cast<int64_t>(cols) + 1) / 2 * 64
+          : align_up(kBandRows * row_bytes + (header != 0 ? header - cols / 256 * 32 : 0), 64);
   *act = type == kF32 || type == kF16 || type == kBF16 ? kActF32 : kActQ8;
   *band_bytes = bytes;
   return true;

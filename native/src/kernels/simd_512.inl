@@ -60,6 +60,42 @@ struct V {
   }
   static I pairs32(I x) { return _mm512_madd_epi16(x, _mm512_set1_epi16(1)); }
 
+  // kRows rows of kRows words, stride bytes apart, become lines, 64 bytes apart: word i of row r is
+  // word r of line i. flip is added to every word (exclusive or).
+  static void transpose(const void* rows, int64_t stride, I flip, void* lines) {
+    I a[16], b[16];
+    const auto* from = static_cast<const uint8_t*>(rows);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) {
+      a[r] = xor_(load(from + r * stride), flip);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < 16; r += 2) {
+      b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
+      b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 16; r += 4) {  // lane l of a[r + i]: word 4 l + i of rows r .. r + 3
+      a[r] = _mm512_unpacklo_epi64(b[r], b[r + 2]);
+      a[r + 1] = _mm512_unpackhi_epi64(b[r], b[r + 2]);
+      a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
+      a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);      // words i, i + 8
+      b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);  // words i + 4, i + 12
+      b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+      b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+    auto* to = static_cast<uint8_t*>(lines);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      store(to + 64 * i, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+      store(to + 64 * (i + 8), _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+    }
+  }
+
   static F zero() { return _mm512_setzero_ps(); }
   static F set_f(float x) { return _mm512_set1_ps(x); }
   static F repeat_f(const uint8_t* p) {

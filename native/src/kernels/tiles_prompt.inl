@@ -27,8 +27,8 @@ constexpr int kResidentRows = 48;
 struct alignas(64) PromptScratch {
   uint8_t lines[2][8 * kBlockLines];  // bands
   float sums[kPromptRows][2 * kBandRows];
-  DecodedBlock block;
-  uint16_t row[kTileCols];
+  DecodedTile decoded;
+  DecodedBlock blocks[kBandRows];
 };
 
 // Prepared form: x * 2^28 as bf16, every eight columns in the order 0 2 4 6 1 3 5 7.
@@ -312,37 +312,62 @@ __attribute__((noinline)) void multiply_passes(const PromptJob& job, PromptScrat
   source.store(*scratch);
 }
 
-// Types kept as GGUF bytes: decoded row by row.
-void multiply_prompt_gguf(const PromptJob& job, PromptScratch* scratch) {
+// One decoded tile as bf16: (stored - offset) * scale - min.
+template <class T>
+void convert_tile(const DecodedTile& tile, int nb, uint8_t* lines) {
   constexpr int kOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-  const TypeTraits* traits = type_traits(job.w->type);
-  const int64_t row_bytes =
-      static_cast<int64_t>(job.w->cols) / traits->block_size * traits->block_bytes;
+  const V::I byte = V::set32(255), offset = V::set32(T::kOffset);
+  for (int eight = 0; eight < 4 * nb; ++eight) {
+    const int group = T::kGroup16 ? eight / 2 : eight / 4;
+    const __m512 scale = V::load_f(tile.scale[group]);
+    const __m512 min = T::kMin ? V::load_f(tile.min[group]) : V::zero();
+    const V::I words[2] = {V::load(tile.lines[2 * eight]), V::load(tile.lines[2 * eight + 1])};
+    const auto column = [&](int k) {
+      const V::I stored = V::and_(V::srl32(words[k / 4], 8 * (k % 4)), byte);
+      const __m512 value = _mm512_fmsub_ps(V::to_float(V::sub32(stored, offset)), scale, min);
+      return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+    };
+    for (int i = 0; i < 4; ++i) {
+      const V::I second = _mm512_slli_epi32(column(kOrder[2 * i + 1]), 16);
+      V::store(lines + 64 * (4 * eight + i), V::or_(column(kOrder[2 * i]), second));
+    }
+  }
+}
+
+// Types without a decoder of their own. decode(band, tile, out): one tile of job.bands[band].
+template <class T, class Decode>
+void multiply_converted(const PromptJob& job, PromptScratch* scratch, Decode decode) {
   configure_passes(job);
   for (int32_t tile = 0; tile * kTileCols < job.w->cols; ++tile) {
     for (int band = 0; band < job.num_bands; ++band) {
-      for (int r = 0; r < kBandRows; ++r) {
-        DecodedBlock& block = scratch->block;
-        decode_block(job.w->type, job.bands[band] + r * row_bytes + tile * traits->block_bytes,
-                     &block);
-        for (int g = 0; g < 16; ++g) {
-          const __m512 q = V::to_float(V::widen_s8(reinterpret_cast<uint8_t*>(block.q) + 16 * g));
-          const __m512 value = _mm512_fmsub_ps(q, V::set_f(block.scale[g]), V::set_f(block.min[g]));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(scratch->row + 16 * g),
-                              reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
-        }
-        for (int k = 0; k < kTileCols; k += 2) {
-          const uint16_t* eight = scratch->row + k / 8 * 8;
-          const uint16_t pair[2] = {eight[kOrder[k % 8]], eight[kOrder[k % 8 + 1]]};
-          __builtin_memcpy(scratch->lines[band] + 32 * k + 4 * r, pair, 4);
-        }
-      }
+      decode(job.bands[band], tile, &scratch->decoded);
+      convert_tile<T>(scratch->decoded, 8, scratch->lines[band]);
     }
     multiply_tile(job, tile, 8, scratch);
   }
   const __m512 factors[2] = {_mm512_scalef_ps(V::set_f(1.0f), V::set_f(-kActExponent)),
                              _mm512_scalef_ps(V::set_f(1.0f), V::set_f(-kActExponent))};
   store_sums(job, *scratch, factors);
+}
+
+// Q2_K, Q3_K.
+template <class Format, class T>
+void multiply_prompt_format(const PromptJob& job, PromptScratch* scratch) {
+  const int64_t step = tile_bytes(job.w->type);
+  const int64_t header = band_header(job.w->type, job.w->cols);
+  multiply_converted<T>(job, scratch, [&](const uint8_t* band, int32_t tile, DecodedTile* out) {
+    decode_to_memory<Format>(band + header + tile * step, band + tile * 32, 8, out, nullptr);
+  });
+}
+
+// Types kept as GGUF blocks.
+void multiply_prompt_gguf(const PromptJob& job, PromptScratch* scratch) {
+  const int32_t type = job.w->type, block_bytes = type_traits(type)->block_bytes;
+  multiply_converted<Block8>(
+      job, scratch, [&](const uint8_t* band, int32_t tile, DecodedTile* out) {
+        decode_gguf_tile(type, block_bytes, band + int64_t{tile} * kBandRows * block_bytes, nullptr,
+                         scratch->blocks, out);
+      });
 }
 
 template <class Decoder>
@@ -382,6 +407,10 @@ void multiply_type(const PromptJob& job, PromptScratch* scratch) {
       return multiply_decoded<NonlinearSuperDecoder>(job, scratch);
     case kMXFP4:
       return multiply_decoded<MxDecoder>(job, scratch);
+    case kQ2_K:
+      return multiply_prompt_format<Q2_K, Unsigned2>(job, scratch);
+    case kQ3_K:
+      return multiply_prompt_format<Q3_K, Offset3>(job, scratch);
     default:
       return multiply_prompt_gguf(job, scratch);
   }

@@ -28,7 +28,7 @@ constexpr std::array<Word, kRows> expand(const uint16_t (&codes)[kRows],
   return rows;
 }
 
-constexpr int8_t kIq1Values[4] = {-8, 0, 8, 0};
+constexpr int8_t kIq1Values[4] = {0, 8, 16, 8};  // 8 g + 8
 constexpr int8_t kIq2Values[4] = {8, 25, 43, 0};
 constexpr int8_t kIq3XxsValues[8] = {4, 12, 20, 28, 36, 44, 52, 62};
 constexpr int8_t kIq3SValues[8] = {1, 3, 5, 7, 9, 11, 13, 15};
@@ -51,6 +51,16 @@ constexpr std::array<uint64_t, 256> make_masks() {
 }
 constexpr std::array<uint64_t, 256> kMasks = make_masks();
 
+// The same for the 7 bits that stand for 8.
+constexpr std::array<uint64_t, 128> make_even_masks() {
+  std::array<uint64_t, 128> masks{};
+  for (unsigned bits = 0; bits < 128; ++bits) {
+    masks[bits] = kMasks[kIqSigns[bits]];
+  }
+  return masks;
+}
+constexpr std::array<uint64_t, 128> kEvenMasks = make_even_masks();
+
 uint16_t load16(const uint8_t* p) {
   uint16_t value;
   std::memcpy(&value, p, 2);
@@ -63,19 +73,17 @@ uint32_t load32(const uint8_t* p) {
 }
 float load_half(const uint8_t* p) { return half_to_float(load16(p)); }
 
-// Eight bytes, none of them zero (or the complement would carry), negated where signs has a bit.
-void put(uint64_t row, unsigned signs, int8_t* q) {
-  const uint64_t mask = kMasks[signs];
+// Eight bytes, none of them zero (or the complement would carry), negated where the mask is set.
+void put(uint64_t row, uint64_t mask, int8_t* q) {
   const uint64_t bytes = (row ^ mask) + (mask & kOnes);
   std::memcpy(q, &bytes, 8);
 }
 
 // IQ1 weights are dl * (g +- 1/8), g in {-1, 0, 1}: eight times that is the integer, and dl / 8 is
-// exact, so the product rounds as the reference's does. Rows hold 8 g.
+// exact, so the product rounds as the reference's does. Rows hold 8 g + 8; the sums stay below 256,
+// so that nothing carries.
 void put_iq1(uint64_t row, bool minus, int8_t* q) {
-  constexpr uint64_t kLow = 0x7f * kOnes;  // bytewise addition: top bits apart, so nothing carries
-  const uint64_t delta = minus ? ~uint64_t{0} : kOnes;
-  const uint64_t bytes = ((row & kLow) + (delta & kLow)) ^ ((row ^ delta) & ~kLow);
+  const uint64_t bytes = (row + (minus ? 119 : 121) * kOnes) ^ (0x80 * kOnes);
   std::memcpy(q, &bytes, 8);
 }
 
@@ -94,7 +102,7 @@ void decode_iq2_xxs(const uint8_t* b, DecodedBlock* out) {
     const float scale = d * (0.5f + static_cast<float>(bits >> 28)) * 0.25f;
     out->scale[2 * j] = out->scale[2 * j + 1] = scale;
     for (int i = 0; i < 4; ++i) {
-      put(kIq2XxsRows[qs[i]], kIqSigns[(bits >> (7 * i)) & 127], out->q + 32 * j + 8 * i);
+      put(kIq2XxsRows[qs[i]], kEvenMasks[(bits >> (7 * i)) & 127], out->q + 32 * j + 8 * i);
     }
   }
 }
@@ -107,7 +115,7 @@ void decode_iq2_xs(const uint8_t* b, DecodedBlock* out) {
     out->scale[j] = d * (0.5f + static_cast<float>(scale)) * 0.25f;
     for (int i = 0; i < 2; ++i) {
       const unsigned code = load16(b + 2 + 4 * j + 2 * i);
-      put(kIq2XsRows[code & 511], kIqSigns[code >> 9], out->q + 16 * j + 8 * i);
+      put(kIq2XsRows[code & 511], kEvenMasks[code >> 9], out->q + 16 * j + 8 * i);
     }
   }
 }
@@ -121,7 +129,7 @@ void decode_iq2_s(const uint8_t* b, DecodedBlock* out) {
   }
   for (int g = 0; g < 32; ++g) {
     const unsigned high = (b[66 + g / 4] >> (2 * (g % 4))) & 3u;
-    put(kIq2SRows[b[2 + g] | high << 8], b[34 + g], out->q + 8 * g);
+    put(kIq2SRows[b[2 + g] | high << 8], kMasks[b[34 + g]], out->q + 8 * g);
   }
 }
 
@@ -134,7 +142,7 @@ void decode_iq3_xxs(const uint8_t* b, DecodedBlock* out) {
     out->scale[2 * j] = out->scale[2 * j + 1] = scale;
     for (int i = 0; i < 4; ++i) {
       const uint8_t* code = b + 2 + 8 * j + 2 * i;
-      put(two(kIq3XxsRows[code[0]], kIq3XxsRows[code[1]]), kIqSigns[(bits >> (7 * i)) & 127],
+      put(two(kIq3XxsRows[code[0]], kIq3XxsRows[code[1]]), kEvenMasks[(bits >> (7 * i)) & 127],
           out->q + 32 * j + 8 * i);
     }
   }
@@ -150,8 +158,8 @@ void decode_iq3_s(const uint8_t* b, DecodedBlock* out) {
   for (int g = 0; g < 32; ++g) {
     const uint8_t* code = b + 2 + 2 * g;
     const unsigned high = b[66 + g / 4] >> (2 * (g % 4));
-    put(two(kIq3SRows[code[0] | (high & 1) << 8], kIq3SRows[code[1] | (high & 2) << 7]), b[74 + g],
-        out->q + 8 * g);
+    put(two(kIq3SRows[code[0] | (high & 1) << 8], kIq3SRows[code[1] | (high & 2) << 7]),
+        kMasks[b[74 + g]], out->q + 8 * g);
   }
 }
 

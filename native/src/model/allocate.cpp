@@ -106,6 +106,7 @@ void Model::allocate_scratch() {
   int32_t max_group_rows = 0;
   int64_t max_padded = 0;
   int32_t max_experts = 0;
+  int32_t max_rows = 0;
   int32_t max_top_k = 0;
   int64_t mid_bytes = 0;
   int64_t max_stride = kLanes;
@@ -120,6 +121,7 @@ void Model::allocate_scratch() {
   for (const MoeOp& moe : moes_) {
     const Weight& down = *moe.weights.down;
     max_experts = std::max(max_experts, moe.routing.num_experts);
+    max_rows = std::max(max_rows, down.rows);
     max_top_k = std::max(max_top_k, moe.routing.top_k);
     mid_bytes = std::max(mid_bytes, act_row_bytes(down.act, down.cols));
   }
@@ -130,7 +132,7 @@ void Model::allocate_scratch() {
   const int64_t rows = std::max(config_.max_tokens, config_.max_logit_rows);
   if (!moes_.empty()) {
     allocate_expert_buffers(workers_, arena_, rows * max_top_k, max_experts, mid_bytes, max_cols,
-                            experts_);
+                            max_rows, experts_);
     router_logits_ = arena_.allocate_array<float>(rows * max_experts);
     expert_ids_ = arena_.allocate_array<int32_t>(rows * max_top_k);
     expert_weights_ = arena_.allocate_array<float>(rows * max_top_k);

@@ -209,13 +209,13 @@ void Executor::linear(const Step& s, int32_t worker) {
                                     [](const TokenRun& run) { return run.is_prompt; });
   const int64_t step = in_pairs ? 2 : 1;
   int64_t total = 0;
-  int64_t largest = 1;
+  int64_t largest = kPieceBytes;
   for (int32_t i = s.first; i < s.first + s.count; ++i) {
     const Matrix& w = weight(m_.ops_[static_cast<size_t>(i)].w[0]).parts[p].matrix;
     total += w.num_bands * w.band_bytes;
     largest = std::max(largest, step * w.band_bytes);
   }
-  share_range(total, worker - team.first, team.last - team.first, largest,
+  share_range(total, 1, worker - team.first, team.last - team.first, largest,
               m_.tails_[static_cast<size_t>(s.tails) + p], [&](int64_t lo, int64_t hi) {
                 int64_t start = 0;
                 for (int32_t i = s.first; i < s.first + s.count && start < hi; ++i) {
