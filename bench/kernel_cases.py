@@ -1,11 +1,11 @@
-"""What bench/kernels.py times: products, routed-expert layers, and the limits they are held to."""
+"""What bench/kernels.py times: products and routed-expert layers."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -13,19 +13,18 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, quants
 
 from bench import stats
+from bench.kernel_limits import FLOATS, PROMPT_ROWS, Work, measure_limits, report
 from bench.record import ResultFile
 from kt_async.errors import KtError
 from kt_async.ffi.experts import experts_multiply
-from kt_async.ffi.matrix import Matrix, dequantize, peak_rate, type_info
+from kt_async.ffi.matrix import Matrix, dequantize, type_info
 from kt_async.ffi.pool import Pool
 from kt_async.model.synthetic import random_blocks
 from kt_async.weights.gguf_header import TYPE_IDS
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
-_FLOATS = ("F32", "F16", "BF16")
 _COLS = 2048
-_PROMPT_ROWS = 32  # so many rows or tokens are multiplied as a prompt's
 # Relative error of a product: f32 sums; activations rounded to int8 (uniform error of a 127th).
 _TOLERANCE = {True: 1e-5, False: 2e-2}
 
@@ -54,65 +53,24 @@ class Curve:
     bytes: list[float] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one run does: bytes of weights, multiply-adds, rows or tokens."""
+def best_time(
+    run: Callable[[int], object],
+    repeats: int,
+    before: Callable[[], object] = lambda: None,
+    least: float = 0.3,
+) -> list[float]:
+    """Seconds of each of at least `repeats` runs, more while they take less than `least` together.
 
-    num_bytes: float
-    macs: float
-    count: int
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bytes and multiply-adds per second that all workers reach together."""
-
-    read: float
-    integer: float | None
-    bf16: float | None
-    f32: float | None
-    has_tiles: bool = False
-
-    def peak(self, type_name: str, count: int) -> float | None:
-        """The peak that bounds products of `count` rows with this type's weights."""
-        if type_name not in _FLOATS:
-            if self.has_tiles and count >= _PROMPT_ROWS:
-                return self.bf16
-            return self.integer or self.f32
-        # A bf16 tile multiplies faster than f32 units do, but takes two passes (high and low part).
-        halved = (self.bf16 or 0) / 2
-        return max(halved, self.f32 or 0) if type_name == "BF16" else self.f32
-
-    def best_of(self, other: Limits) -> Limits:
-        """The higher one of each."""
-        peaks = [(self.integer, other.integer), (self.bf16, other.bf16), (self.f32, other.f32)]
-        best = [max(x or 0, y or 0) or None for x, y in peaks]
-        integer, bf16, f32 = best
-        read = max(self.read, other.read)
-        return Limits(read, integer, bf16, f32, has_tiles=self.has_tiles)
-
-    def seconds(self, type_name: str, work: Work) -> float:
-        """The shortest possible time."""
-        peak = self.peak(type_name, work.count)
-        return max(work.num_bytes / self.read, work.macs / (peak or float("inf")))
-
-
-def measure_limits(pool: Pool, num_bytes: int) -> Limits:
-    """Read bandwidth and peaks of this pool."""
-    integer, bf16, f32 = (peak_rate(pool, kind) for kind in range(3))
-    read = pool.read_bandwidth(num_bytes, 8)
-    return Limits(read, integer, bf16, f32, has_tiles="amx" in pool.describe())
-
-
-def best_time(run: Callable[[int], object], repeats: int, least: float = 0.3) -> list[float]:
-    """Seconds of each of at least `repeats` runs and at most `least` seconds more."""
+    before: called in front of every run, not timed.
+    """
     run(0)
     times: list[float] = []
     start = time.perf_counter()
     while len(times) < repeats or (time.perf_counter() - start < least and len(times) < 200):
-        before = time.perf_counter()
+        before()
+        begin = time.perf_counter()
         run(len(times) + 1)
-        times.append(time.perf_counter() - before)
+        times.append(time.perf_counter() - begin)
     return times
 
 
@@ -133,43 +91,14 @@ def check(name: str, packed: Matrix, data: npt.NDArray[np.uint8], x: F32, got: F
     info = type_info(TYPE_IDS[name])
     rows = min(64, packed.rows)
     raw = data[: info.num_bytes(rows * packed.cols)]
-    if name in _FLOATS:
+    if name in FLOATS:
         weights = dequantize(TYPE_IDS[name], raw)
     else:
         weights = quants.dequantize(raw, GGMLQuantizationType[name])
     exact = x.astype(np.float64) @ weights.reshape(rows, packed.cols).astype(np.float64).T
     error = np.linalg.norm(got[:, :rows] - exact) / np.linalg.norm(exact)
-    if not error < _TOLERANCE[name in _FLOATS]:
+    if not error < _TOLERANCE[name in FLOATS]:
         raise KtError(f"{name}: the product is wrong by {error:.1e}")
-
-
-def report(
-    label: str, name: str, times: Sequence[float], limits: Limits, work: Work
-) -> tuple[list[str], dict[str, object]]:
-    """One table row and one result record."""
-    best = min(times)
-    peak = limits.peak(name, work.count)
-    shares: dict[str, float | None] = {
-        "share": limits.seconds(name, work) / best,
-        "bandwidth_share": work.num_bytes / best / limits.read,
-        "peak_share": work.macs / best / peak if peak else None,
-    }
-    row = [
-        label,
-        stats.number(best * 1e6),
-        stats.number(stats.median(times) * 1e6),
-        stats.number(work.num_bytes / best / 1e9),
-        stats.number(work.macs / best / 1e9),
-        *(f"{100 * value:.0f} %" if value else "-" for value in shares.values()),
-    ]
-    record: dict[str, object] = {
-        "label": label,
-        "bytes": work.num_bytes,
-        "macs": work.macs,
-        "seconds": list(times),
-        **shares,
-    }
-    return row, record
 
 
 class Bench:
@@ -214,7 +143,7 @@ class Bench:
         with packed:
             for count in self._args.rows:
                 x = self._rng.standard_normal((count, _COLS), np.float32)
-                is_prompt = count >= _PROMPT_ROWS
+                is_prompt = count >= PROMPT_ROWS
                 out = packed.multiply(x, is_prompt=is_prompt)
                 check(name, packed, data, x, out)
 
@@ -228,20 +157,17 @@ class Bench:
     def layer(self, shape_name: str, up_type: str, down_type: str) -> None:
         """A routed-expert layer with uniformly random routing, drawn anew for every run."""
         s = SHAPES[shape_name]
-        layers = [self._make_layer(s, up_type, down_type)]
-        num_bytes = sum(matrix.num_bytes for matrix in layers[0])
-        # Layers in turn, as a model has them, until they are more than the caches hold.
-        while len(layers) * num_bytes < 2 * self._args.megabytes << 20:
-            layers.append(self._make_layer(s, up_type, down_type))
+        matrices = self._make_layer(s, up_type, down_type)
+        num_bytes = sum(matrix.num_bytes for matrix in matrices)
         each = num_bytes / s.experts
         curve = Curve(f"{shape_name} {up_type}/{down_type}")
         with contextlib.ExitStack() as stack:
-            for layer in layers:
-                for matrix in layer:
-                    stack.enter_context(matrix)
+            for matrix in matrices:
+                stack.enter_context(matrix)
+            flush = stack.enter_context(self._make_flush())
             for tokens in self._args.tokens:
                 draws, distinct = self._routes(tokens, s)
-                times = self._layer_times(layers, s, draws)
+                times = self._layer_times(matrices, flush, s, draws)
                 work = Work(each * distinct, 3.0 * s.hidden * s.width * s.top_k * tokens, tokens)
                 label = f"{curve.title}, {tokens} tokens"
                 self.add("kernel.layer", label, up_type, times, work)
@@ -249,6 +175,10 @@ class Bench:
                 curve.seconds.append(times)
                 curve.bytes.append(work.num_bytes)
         self.curves.append(curve)
+
+    def _make_flush(self) -> Matrix:
+        rows = (self._args.megabytes << 20) // type_info(TYPE_IDS["Q8_0"]).num_bytes(_COLS)
+        return make_matrix(self._pool, "Q8_0", rows, _COLS, 1, self._rng)[0]
 
     def _make_layer(self, s: Shape, up_type: str, down_type: str) -> tuple[Matrix, Matrix, Matrix]:
         return (
@@ -258,19 +188,30 @@ class Bench:
         )
 
     def _layer_times(
-        self, layers: list[tuple[Matrix, Matrix, Matrix]], shape: Shape, draws: list[I32]
+        self,
+        matrices: tuple[Matrix, Matrix, Matrix],
+        flush: Matrix,
+        shape: Shape,
+        draws: list[I32],
     ) -> list[float]:
+        """Seconds of runs; before each, more is read than the caches hold.
+
+        A model has gigabytes of other layers between two uses of an expert; without the flush a
+        fifth of a layer was still in a socket's L3.
+        """
         tokens = len(draws[0])
         x = self._rng.standard_normal((tokens, shape.hidden), np.float32)
         weights = np.full((tokens, shape.top_k), 1 / shape.top_k, np.float32)
         out = np.empty((tokens, shape.hidden), np.float32)
-        is_prompt = np.full(tokens, tokens >= _PROMPT_ROWS, np.uint8)
+        is_prompt = np.full(tokens, tokens >= PROMPT_ROWS, np.uint8)
 
         def run(turn: int) -> None:
-            draw, layer = divmod(turn, len(layers))
-            experts_multiply(layers[layer], x, draws[draw % len(draws)], weights, out, is_prompt)
+            ids = draws[turn % len(draws)]
+            experts_multiply(matrices, x, ids, weights, out, is_prompt)
 
-        return best_time(run, self._args.repeats)
+        ones = np.ones((1, flush.cols), np.float32)
+        unused = np.empty((1, flush.rows), np.float32)
+        return best_time(run, self._args.repeats, before=lambda: flush.multiply(ones, out=unused))
 
     def _routes(self, tokens: int, shape: Shape) -> tuple[list[I32], int]:
         """Some draws that choose the same number of distinct experts, and that number.

@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 import pytest
 
-from bench import kernel_cases, kernels, stats
+from bench import kernel_cases, kernel_limits, kernels, stats
 from bench.kernel_cases import Shape
 
 
@@ -79,8 +79,8 @@ def test_wrong_types_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_median_of_the_runs_is_what_the_table_shows() -> None:
-    limits = kernel_cases.Limits(read=1e9, integer=1e9, bf16=None, f32=1e9)
-    work = kernel_cases.Work(500.0, 10.0, 1)
-    row, record = kernel_cases.report("l", "Q4_K", [3e-6, 1e-6, 2e-6], limits, work)
+    limits = kernel_limits.Limits(read=1e9, integer=1e9, bf16=None, f32=1e9)
+    work = kernel_limits.Work(500.0, 10.0, 1)
+    row, record = kernel_limits.report("l", "Q4_K", [3e-6, 1e-6, 2e-6], limits, work)
     assert row[:3] == ["l", stats.number(1.0), stats.number(2.0)]
     assert record["bandwidth_share"] == pytest.approx(0.5)
