@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from kt_async import cli
 from kt_async.config import Config
-from kt_async.errors import ConfigError, EngineError, NativeError
+from kt_async.errors import ConfigError, EngineError, EngineStuckError, NativeError
 from kt_async.log import setup_logging
 
 
@@ -29,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except EngineError as error:
         sys.stderr.write(cli.format_error(error) + "\n")
+        if isinstance(error, EngineStuckError):
+            # An orderly exit would wait for the thread that hangs.
+            sys.stderr.flush()
+            os._exit(1)
         return 1
     except KeyboardInterrupt:
         return 130

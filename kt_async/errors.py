@@ -37,6 +37,10 @@ class EngineError(KtError):
     """The engine could not finish a step; running requests end with an error event."""
 
 
+class EngineStuckError(EngineError):
+    """The engine's thread does not come back from a step: only the whole process can be ended."""
+
+
 class NativeError(KtError):
     """A native call returned a negative status."""
 

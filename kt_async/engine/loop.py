@@ -61,6 +61,7 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._main, name="kt-engine", daemon=True)
         self.host_ns = 0  # time outside the runner in steps that ran, for /metrics
         self.steps = 0
+        self.busy_since_ns = 0  # begin of the turn in progress, 0 = waiting for work
 
     def start(self) -> None:
         self._thread.start()
@@ -76,7 +77,9 @@ class EngineLoop:
             while not self._stopping:
                 self._scheduler.wait(-1)
                 if not self._stopping:
+                    self.busy_since_ns = time.monotonic_ns()
                     self._turn()
+                    self.busy_since_ns = 0
         except Exception as error:  # the engine's one boundary: nobody above could report it
             log.exception("the engine stopped")
             no_events = np.empty(0, np.dtype(structs.Event))

@@ -154,6 +154,17 @@ class EngineService:
         await self._failed.wait()
         return self._failure or "unknown failure"
 
+    def busy_s(self) -> float:
+        """How long the engine's step in progress has taken so far; 0 when it waits for work."""
+        begin = self._engine.busy_since_ns
+        return (time.monotonic_ns() - begin) * 1e-9 if begin else 0.0
+
+    def abandon(self, message: str) -> None:
+        """Give up an engine whose thread does not come back: fail all requests, free nothing."""
+        self._last_stats = self.stats()
+        self._scheduler = self._runner = None
+        self._fail_all(message)
+
     async def restart(self, load: Callable[[], tuple[Scheduler, Runner]]) -> None:
         """Free the failed engine, load a new one and start it; the loop stays responsive.
 

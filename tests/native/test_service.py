@@ -9,10 +9,11 @@ import numpy.typing as npt
 import pytest
 import pytest_asyncio
 
+from kt_async.engine.restart import watch
 from kt_async.engine.runner import Lane, StepResult, aligned_block, sample_arrays
 from kt_async.engine.service import EngineService, LiveGeneration
 from kt_async.engine.types import EngineInfo, GenerationRequest, SamplingParams, StepOutput
-from kt_async.errors import NativeError, RequestError
+from kt_async.errors import EngineStuckError, NativeError, RequestError
 from kt_async.ffi import structs
 from kt_async.ffi.scheduler import Scheduler
 
@@ -183,6 +184,36 @@ async def test_broken_engine_tells_everybody(engine: Engine, fault: Exception) -
     with pytest.raises(RequestError, match="the engine has failed: x") as refused:
         engine.submit()
     assert refused.value.status == 503
+
+
+def no_load() -> tuple[Scheduler, FakeRunner]:
+    raise AssertionError("nothing is to be loaded here")
+
+
+async def test_an_engine_that_hangs_fails_everybody() -> None:
+    engine = Engine()
+    loop, scheduler = engine.service._engine, engine.service._scheduler
+    engine.runner.gate.clear()
+    generation = engine.submit()
+    with pytest.raises(EngineStuckError, match=r"a step has not ended after 0\.05 s"):
+        await watch(engine.service, "restart", no_load, step_limit_s=0.05, check_s=0.01)
+    assert "not ended" in str((await outputs(generation))[-1].error)
+    assert not engine.service.healthy
+    assert engine.service.stats()["num_running"] == 1
+    engine.service.close()  # must not wait for the thread
+    engine.runner.gate.set()
+    await asyncio.to_thread(loop.stop)
+    assert scheduler is not None
+    scheduler.close()
+
+
+async def test_an_idle_engine_does_not_hang(engine: Engine) -> None:
+    watching = watch(engine.service, "exit", no_load, step_limit_s=0.01, check_s=0.005)
+    guard = asyncio.create_task(watching)
+    await asyncio.sleep(0.05)
+    assert (await outputs(engine.submit()))[-1].finish_reason == "length"
+    assert engine.service.healthy
+    guard.cancel()
 
 
 async def test_stats_name_their_source(engine: Engine) -> None:
