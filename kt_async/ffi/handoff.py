@@ -56,6 +56,7 @@ class ExpertSet:
         """max_tokens: most rows of one run."""
         self._pool = pool
         self.max_tokens, self.top_k = max_tokens, top_k
+        self.caller_cpu = pool.caller_cpu()
         self.num_layers = 0
         self.handle = ctypes.c_void_p()
         check(
@@ -108,6 +109,10 @@ class ExpertSet:
                 None if is_prompt is None else is_prompt.ctypes.data,
             )
         )
+
+    def spare(self, num_workers: int) -> None:
+        """So many workers (0 .. 2), the caller of run() first, only wait in later runs. [engine]"""
+        check(load().kt_expert_set_spare(self.handle, num_workers))
 
     def close(self) -> None:
         """Free the weights."""

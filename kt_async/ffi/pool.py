@@ -43,6 +43,12 @@ class Pool:
         """The native handle, for the other modules of this package."""
         return self._handle
 
+    def caller_cpu(self) -> int:
+        """The core that no worker is pinned to; -1 when workers are not pinned."""
+        cpu = ctypes.c_int32()
+        check(load().kt_pool_caller_cpu(self._handle, ctypes.byref(cpu)))
+        return cpu.value
+
     def describe(self) -> str:
         """One line: threads, nodes, instruction set, cores."""
         text = ctypes.create_string_buffer(4096)

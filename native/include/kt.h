@@ -121,6 +121,9 @@ typedef struct kt_pool_config {
 
 KT_API int32_t kt_pool_create(const kt_pool_config* config, kt_pool** out); /* [setup] */
 KT_API int32_t kt_pool_destroy(kt_pool* pool); /* [setup] no model may use it any more */
+/* [any] The core on which no worker is pinned, left to the thread that runs jobs; -1 when workers
+ * are not pinned. The pool does not pin its caller. */
+KT_API int32_t kt_pool_caller_cpu(const kt_pool* pool, int32_t* cpu);
 /* [any] One line of text: threads, cores and nodes. Truncated to capacity, always NUL-terminated.
  */
 KT_API int32_t kt_pool_describe(const kt_pool* pool, char* text, int32_t capacity);
@@ -395,6 +398,9 @@ KT_API int32_t kt_expert_set_part(const kt_expert_set* set, int32_t layer, int32
 KT_API int32_t kt_expert_set_run(kt_expert_set* set, int32_t layer, int32_t num_tokens,
                                  const float* x, const int32_t* ids, const float* weights,
                                  float* out, const uint8_t* is_prompt);
+/* [engine] The first num_workers (0 .. 2) workers, the calling thread first, only wait in the runs
+ * that follow: their cores are free for the threads that drive the GPU. Results are the same. */
+KT_API int32_t kt_expert_set_spare(kt_expert_set* set, int32_t num_workers);
 
 /* [any] The packed form of a matrix, as one part. */
 KT_API int32_t kt_matrix_part(const kt_matrix* matrix, kt_packed_part* out);

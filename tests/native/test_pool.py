@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import time
 from pathlib import Path
@@ -28,6 +29,17 @@ def test_default_is_one_thread_per_core() -> None:
     with Pool() as pool:
         assert pool.describe().startswith(f"{expected} thread")
         assert host.best_isa in pool.describe()
+
+
+def test_the_callers_core_has_no_worker() -> None:
+    with Pool() as pool:
+        core = pool.caller_cpu()
+        assert core in os.sched_getaffinity(0)
+        tasks = [int(task.name) for task in Path("/proc/self/task").iterdir()]
+        if len(os.sched_getaffinity(0)) > 1:
+            assert {core} not in [os.sched_getaffinity(task) for task in tasks]
+    with Pool(pin=False) as pool:
+        assert pool.caller_cpu() == -1
 
 
 @pytest.mark.parametrize("name", query_host().isas)

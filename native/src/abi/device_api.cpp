@@ -104,6 +104,14 @@ int32_t kt_expert_set_run(kt_expert_set* set, int32_t layer, int32_t num_tokens,
   });
 }
 
+int32_t kt_expert_set_spare(kt_expert_set* set, int32_t num_workers) {
+  return kt::guard([&] {
+    kt::require_handle(set, "set");
+    set->experts.spare(num_workers);
+    return KT_OK;
+  });
+}
+
 int32_t kt_matrix_part(const kt_matrix* matrix, kt_packed_part* out) {
   return kt::guard([&] {
     kt::require_handle(matrix, "matrix");

@@ -98,6 +98,15 @@ int32_t kt_pool_destroy(kt_pool* pool) {
   });
 }
 
+int32_t kt_pool_caller_cpu(const kt_pool* pool, int32_t* cpu) {
+  return kt::guard([&] {
+    kt::require_handle(pool, "pool");
+    kt::require_handle(cpu, "cpu");
+    *cpu = pool->workers.caller_cpu();
+    return KT_OK;
+  });
+}
+
 int32_t kt_pool_describe(const kt_pool* pool, char* text, int32_t capacity) {
   return kt::guard([&] {
     kt::require_handle(pool, "pool");

@@ -82,6 +82,13 @@ void ExpertSet::check_ids(const Layer& layer, int32_t num_tokens, const int32_t*
   }
 }
 
+void ExpertSet::spare(int32_t num_workers) {
+  if (num_workers < 0 || num_workers > 2) {
+    fail_argument("num_workers is " + std::to_string(num_workers) + ", allowed is 0 .. 2");
+  }
+  num_spared_ = std::min(num_workers, workers_.num_threads() - 1);
+}
+
 void ExpertSet::run(int32_t layer, int32_t num_tokens, const float* x, const int32_t* ids,
                     const float* weights, const uint8_t* is_prompt, float* out) {
   if (!finished_) {
@@ -111,12 +118,15 @@ void ExpertSet::run(int32_t layer, int32_t num_tokens, const float* x, const int
   job.matrix = matrix_kernels(workers_.isa());
   job.vector = vector_kernels(workers_.isa());
   job.tails = tails_;
+  job.first_worker = num_spared_;
   job.is_prompt = prompt_flags(*job.matrix, is_prompt);
   const int32_t cols = l.gate.cols, threads = workers_.num_threads();
   // Pieces of rows, so that one row alone is also prepared by several workers.
   const int64_t blocks = (cols + 31) / 32;
   workers_.for_each([&](int32_t worker) {
-    const Range mine = split(blocks * num_tokens, worker, threads);
+    const int32_t spared = num_spared_;
+    const Range mine =
+        worker < spared ? Range{} : split(blocks * num_tokens, worker - spared, threads - spared);
     for (int64_t at = mine.first; at < mine.last;) {
       const int64_t row = at / blocks, first = at % blocks;
       const int64_t count = std::min(blocks - first, mine.last - at);

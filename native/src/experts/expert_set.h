@@ -23,6 +23,8 @@ class ExpertSet {
   int32_t num_layers() const { return static_cast<int32_t>(layers_.size()); }
   const Weight& weight(int32_t layer, int32_t which) const;
 
+  // [engine] See kt_expert_set_spare.
+  void spare(int32_t num_workers);
   // [engine] See kt_expert_set_run. One pool job: prepare, barrier, up, barrier, down.
   void run(int32_t layer, int32_t num_tokens, const float* x, const int32_t* ids,
            const float* weights, const uint8_t* is_prompt, float* out);
@@ -38,6 +40,7 @@ class ExpertSet {
   Workers& workers_;
   int32_t max_tokens_;
   int32_t top_k_;
+  int32_t num_spared_ = 0;
   bool finished_ = false;
   Arena arena_;
   std::vector<Layer> layers_;

@@ -377,6 +377,13 @@ void down_segments(const ExpertJob& job, ExpertBuffers& buffers, size_t worker, 
   }
 }
 
+// The workers that share part p of the job.
+Range job_team(const Workers& workers, const ExpertJob& job, size_t parts, size_t p) {
+  Range team = part_workers(workers, parts, p);
+  team.first = std::max<int64_t>(team.first, std::min<int64_t>(job.first_worker, team.last - 1));
+  return team;
+}
+
 }  // namespace
 
 void check_expert_weights(const ExpertWeights& w, const char* op) {
@@ -460,7 +467,10 @@ void group_pairs(const int32_t* ids, const float* weights, int32_t num_tokens, i
 void run_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker) {
   const size_t parts = job.weights.gate->parts.size();
   const size_t p = part_of_worker(workers, parts, worker);
-  const Range team = part_workers(workers, parts, p);
+  const Range team = job_team(workers, job, parts, p);
+  if (worker < team.first) {
+    return;
+  }
   const Grouping& g = buffers.groupings[static_cast<size_t>(worker)];
   const int64_t units = (job.weights.gate->parts[p].matrix.num_bands + 1) / 2;
   const int64_t cost = total_cost(g, units);
@@ -483,7 +493,10 @@ void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffe
               int32_t worker) {
   const size_t parts = job.weights.down->parts.size();
   const size_t p = part_of_worker(workers, parts, worker);
-  const Range team = part_workers(workers, parts, p);
+  const Range team = job_team(workers, job, parts, p);
+  if (worker < team.first) {
+    return;
+  }
   const int64_t bands = job.weights.down->parts[p].matrix.num_bands;
   const Grouping& g = buffers.groupings[static_cast<size_t>(worker)];
   // A worker's share is a few bands of all experts, too coarse to balance with: the last ones are

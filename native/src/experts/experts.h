@@ -85,6 +85,7 @@ struct ExpertJob {
   const MatrixKernels* matrix = nullptr;
   const VectorKernels* vector = nullptr;
   TailCounter* tails = nullptr;  // [2 * parts]: phase 1, then phase 2
+  int32_t first_worker = 0;      // workers below it only wait at the barriers
 };
 
 // is_prompt, or nullptr where the kernels multiply all tokens alike.

@@ -60,6 +60,8 @@ class Workers {
   int32_t num_threads() const { return num_threads_; }
   int32_t num_nodes() const { return num_nodes_; }
   int32_t isa() const { return isa_; }
+  // The core that is left to worker 0, the caller; -1 when the workers are not pinned.
+  int32_t caller_cpu() const { return pinned_ ? cpus_[0] : -1; }
   int32_t node_of(int32_t worker) const { return nodes_[static_cast<size_t>(worker)]; }
   // Workers of a node are numbered consecutively.
   Range workers_of(int32_t node) const { return node_workers_[static_cast<size_t>(node)]; }
