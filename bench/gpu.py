@@ -58,7 +58,7 @@ class Engine:
         )
         limits = CudaLimits(_PAGE, pages, spec.vocab_size, pages)
         options = CudaOptions(
-            args.experts == "vram", show_progress=False, stream_rows=args.stream_rows
+            args.experts == "vram", show_progress=False, prompt_experts=args.prompt_experts
         )
         layout = self.scheduler.layout
         self.runner: CudaRunner = load_cuda_runner(files, spec, pool, layout, limits, options)
@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--chunk_size", type=int, default=2048)
-    parser.add_argument("--stream_rows", type=int, default=96)
+    parser.add_argument("--prompt_experts", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument(
         "--interleave",
         type=int,

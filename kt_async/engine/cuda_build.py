@@ -14,15 +14,17 @@ from tqdm import tqdm
 
 from kt_async.engine.cpu_program import ProgramRecorder
 from kt_async.engine.cuda_args import MatrixArg
+from kt_async.engine.cuda_calibrate import measure_rates
+from kt_async.engine.cuda_copies import ExpertCopies, HostBuffers, pin_experts
 from kt_async.engine.cuda_experts import Names, VramExperts, moe_names
 from kt_async.engine.cuda_handoff import Channel, HandoffExperts, Launch
 from kt_async.engine.cuda_kernels import kernels_for, launcher
 from kt_async.engine.cuda_kv import FP8, KvPages
 from kt_async.engine.cuda_lane import CudaLane
-from kt_async.engine.cuda_offload import StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda_probe import choose_mechanism
 from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
+from kt_async.engine.cuda_stream import StreamedExperts
 from kt_async.engine.cuda_values import FloatMatrix, PackedMatrix, Weight
 from kt_async.ffi import structs
 from kt_async.ffi.handoff import ExpertSet, Handoff, PackedPart, packed_matrix
@@ -37,7 +39,6 @@ log = logging.getLogger(__name__)
 # Types whose R16 bands the CUDA kernels read (linear.cu); the others become bf16 in VRAM.
 KERNEL_TYPES = frozenset({2, 3, 6, 7, 8, 12, 13, 14, 20, 23, 39})
 _FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-_NEVER = 1 << 30  # rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,9 @@ class CudaOptions:
     use_graphs: bool = True
     cache_dir: Path | None = None
     show_progress: bool | None = None
-    # From so many rows on, experts on the CPU are copied for prefill: bench/gpu.py measured 0.31 s a
-    # chunk for copying all of Qwen3-30B-A3B Q4_K_M and 0.31 s on 16 AMX cores for 64 rows.
-    stream_rows: int = 96
+    # Prompt chunks of experts in host memory: auto shares them between GPU and CPU by measured
+    # rates, cpu leaves all to the CPU, gpu copies all to the GPU.
+    prompt_experts: str = "auto"
     vram_layers: tuple[int, ...] = ()
     handoff: str = ""  # one of cuda_handoff.MECHANISMS; empty = the first that works
 
@@ -146,11 +147,9 @@ def load_cuda_runner(
     decode, prefill, handoff = _expert_backends(
         loader, spec, layout, cpu_experts, names, launcher(kernels), options
     )
-    if isinstance(prefill, StreamedExperts):
-        # A type without a CUDA kernel cannot be used from a copy: the CPU computes it.
-        readable = all(files.tensors[name].type in KERNEL_TYPES for name in expert_tensors)
-        prefill.copy_cost_rows = options.stream_rows if readable else _NEVER
     ops = CudaOps(kernels, loader.weights, pages, limits.page_size, prefill)
+    if isinstance(prefill, StreamedExperts):
+        _prepare_streaming(prefill, loader, spec, names, ops, options, overlap=bool(pinned))
     runner = CudaRunner(
         ops,
         spec,
@@ -167,6 +166,8 @@ def load_cuda_runner(
     )
 
     def free() -> None:
+        if isinstance(prefill, StreamedExperts):
+            prefill.close()
         for address in pinned:
             torch.cuda.cudart().cudaHostUnregister(address)
         if cpu_experts is not None:
@@ -237,19 +238,14 @@ def _expert_backends(
     if cpu_experts is None:
         return vram, vram, Handoff(no_handoff, None)
     layer_of = {layer[0]: number for number, layer in enumerate(names)}
-    layer_bytes = max(
-        sum(-(-spec.num_experts * loader.shapes[name].expert_bytes // 256) * 256 for name in layer)
-        for layer in names
-    )
     prefill = StreamedExperts(
         cpu=cpu_experts,
         layer_of=layer_of,
-        shapes=loader.shapes,
         num_experts=spec.num_experts,
-        copy_cost_rows=0,
-        stream=torch.cuda.Stream(),
+        host=HostBuffers.allocate(
+            layout.max_tokens, spec.hidden_size, spec.top_k, spec.num_experts
+        ),
         vram=vram,
-        buffers=[torch.empty(layer_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)],
     )
     if not options.use_graphs:
         return prefill, prefill, Handoff(no_handoff, None)
@@ -261,22 +257,19 @@ def _expert_backends(
     return HandoffExperts(channel, layer_of, vram), prefill, channel.native
 
 
-def pin_experts(experts: ExpertSet, num_layers: int) -> list[int]:
-    """Register the packed experts with CUDA, so that copies run at the bus's full rate.
-
-    Returns the addresses, which must be unregistered before the memory is freed.
-    """
-    runtime = torch.cuda.cudart()
-    begin = time.monotonic()
-    pinned: list[int] = []
-    for layer in range(num_layers):
-        for which in range(3):
-            for part in experts.parts(layer, which):
-                address, size = part.data.ctypes.data, part.data.nbytes
-                status = runtime.cudaHostRegister(address, size, 0)
-                if int(status) != 0:
-                    log.warning("experts cannot be pinned (%s): long prompts copy slower", status)
-                    return pinned
-                pinned.append(address)
-    log.info("pinned the experts in %.1f s", time.monotonic() - begin)
-    return pinned
+def _prepare_streaming(
+    prefill: StreamedExperts,
+    loader: _Loader,
+    spec: ModelSpec,
+    names: list[Names],
+    ops: CudaOps,
+    options: CudaOptions,
+    *,
+    overlap: bool,
+) -> None:
+    # A type without a CUDA kernel cannot be used from a copy: the CPU computes it.
+    types = {loader.files.tensors[name].type for layer in names for name in layer}
+    if types <= KERNEL_TYPES and options.prompt_experts != "cpu":
+        prefill.copies = ExpertCopies(prefill.cpu, names, loader.shapes, spec.num_experts)
+        if options.prompt_experts == "auto":
+            measure_rates(prefill, ops, spec, FORWARDS[spec.architecture], overlap=overlap)

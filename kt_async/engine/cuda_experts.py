@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kt_async.engine.cuda_args import GroupsArg
+from kt_async.engine.cuda_grouped import grouped_multiply
 from kt_async.engine.cuda_ops import CudaOps
 from kt_async.engine.cuda_values import ExpertSum, PackedMatrix, Rows
 from kt_async.model.spec import ModelSpec
@@ -30,38 +31,6 @@ def moe_names(spec: ModelSpec) -> list[Names]:
         )
         for i in range(spec.num_dense_layers, spec.num_layers)
     ]
-
-
-def grouped_multiply(
-    ops: CudaOps,
-    x: Rows,
-    residual: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    matrices: tuple[PackedMatrix, PackedMatrix, PackedMatrix],
-) -> torch.Tensor:
-    """All experts as dequantised bf16 grouped GEMMs: for many rows. No host synchronisation."""
-    tokens, top_k = ids.shape
-    gate, up, down = matrices
-    flat = ids.reshape(-1).long()
-    order = torch.argsort(flat, stable=True)
-    counts = torch.zeros(gate.num_experts, dtype=torch.int64, device="cuda")
-    counts.scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait for the GPU
-    ends = torch.cumsum(counts, 0).to(torch.int32)
-    rows = ops.as_bf16(x)[order // top_k]
-    g = _grouped(rows, ops.dequantize(gate), ends)
-    u = _grouped(rows, ops.dequantize(up), ends)
-    h = (torch.nn.functional.silu(g.float()) * u.float()).to(torch.bfloat16)
-    out = _grouped(h, ops.dequantize(down), ends).float()
-    out *= weights.reshape(-1)[order].unsqueeze(1)
-    # Back to (token, k) order before the sum: index_add_ would add in a varying order.
-    unsorted = torch.empty_like(out)
-    unsorted[order] = out
-    return residual + unsorted.view(tokens, top_k, -1).sum(1)
-
-
-def _grouped(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.grouped_mm(x, w.transpose(-2, -1), offs=ends)
 
 
 def _group(ops: CudaOps, ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, GroupsArg]:

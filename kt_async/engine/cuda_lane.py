@@ -18,10 +18,9 @@ import torch
 
 from kt_async.engine.cuda_attention import Planner
 from kt_async.engine.cuda_block import Block
-from kt_async.engine.cuda_experts import moe_names
 from kt_async.engine.cuda_forward import Forward, Part
-from kt_async.engine.cuda_offload import StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
+from kt_async.engine.cuda_stream import StreamedExperts
 from kt_async.engine.runner import StepResult
 from kt_async.ffi import structs
 from kt_async.model.spec import ModelSpec
@@ -43,7 +42,6 @@ class CudaLane:
         """planner and experts belong to the lane while a step is in flight."""
         self._layout, self._pages = layout, ops.pages
         self._experts, self._planner, self._decode_stream = experts, planner, decode_stream
-        self._names = moe_names(spec)
         self._block = Block(layout)
         self._forward = Forward(replace(ops), spec, self._block, sample_vocab)
         self._stream = torch.cuda.Stream(priority=0)
@@ -89,7 +87,7 @@ class CudaLane:
         b, used = self._block, plan.used_bytes
         b.device[:used].copy_(b.host[:used], non_blocking=True)
         if isinstance(self._experts, StreamedExperts):
-            self._experts.begin_step(plan.num_tokens, self._names)
+            self._experts.begin_step(plan.num_tokens, use_cpu=False)
         rows = (0, plan.num_rows)
         part = Part(rows, (0, plan.num_tokens), (0, plan.num_samples), is_decode=False)
         attend = self._planner.plan(b.pages(*rows, on_host=False))

@@ -26,11 +26,10 @@ from kt_async.engine.cuda_attention import (
 )
 from kt_async.engine.cuda_block import Block
 from kt_async.engine.cuda_decode import PagedDecode, is_served
-from kt_async.engine.cuda_experts import moe_names
 from kt_async.engine.cuda_forward import Forward, Part
 from kt_async.engine.cuda_handoff import HandoffExperts
-from kt_async.engine.cuda_offload import StreamedExperts
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
+from kt_async.engine.cuda_stream import around_step
 from kt_async.engine.cuda_values import StepTensors
 from kt_async.engine.runner import Lane
 from kt_async.errors import NativeError
@@ -111,7 +110,6 @@ class CudaRunner:
         self._forward = Forward(ops, spec, self.block, limits.sample_vocab)
         self._logits = self._forward.work  # of the last step
         self.result = self._forward.result
-        self._moe_names = moe_names(spec)
         self._stats = {"graph_steps": 0.0, "eager_steps": 0.0, "run_ns": 0.0, "expert_ns": 0.0}
         self._graphs: dict[int, Graph] = {}
         self.stream = self._stream = torch.cuda.Stream(priority=-1)  # before the lane's
@@ -214,11 +212,10 @@ class CudaRunner:
             if not (part.is_decode and self._ops.decode_attention):
                 attend = self.prefill_planner.plan(b.pages(*part.rows, on_host=False))
             experts = self._prefill_experts
-            if isinstance(experts, StreamedExperts):
-                experts.begin_step(part.tokens[1] - part.tokens[0], self._moe_names)
-            step = self._forward.step(part, attend)
-            self._logits = self._forward.run(step, part, experts)
-            self._forward.read_back()
+            with around_step(experts, part.tokens[1] - part.tokens[0]):
+                step = self._forward.step(part, attend)
+                self._logits = self._forward.run(step, part, experts)
+                self._forward.read_back()
         self._stats["eager_steps"] += 1
 
     # ---- graphs
@@ -258,10 +255,9 @@ class CudaRunner:
                 if isinstance(self._decode_experts, HandoffExperts)
                 else self._decode_experts
             )
-            if isinstance(warm, StreamedExperts):
-                warm.begin_step(rows, self._moe_names)
-            self._forward.run(step, part, warm)
-            self._stream.synchronize()
+            with around_step(warm, rows):
+                self._forward.run(step, part, warm)
+                self._stream.synchronize()
             graph = torch.cuda.CUDAGraph(keep_graph=True)
             with torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 logits = self._forward.run(step, part, self._decode_experts)

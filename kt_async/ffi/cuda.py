@@ -22,7 +22,7 @@ _COMPUTE_CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_x
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _FIRST_WITH_DEPENDENT_LAUNCH = 9  # compute capability
 
-_SOURCES = ("linear.cu", "step.cu", "sample.cu", "attention.cu", "router.cu")
+_SOURCES = ("linear.cu", "step.cu", "prefill.cu", "sample.cu", "attention.cu", "router.cu")
 _OPTIONS = ("--std=c++17", "-default-device")
 
 

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 from kt_async.engine.cuda_build import CudaOptions, load_cuda_runner  # noqa: E402
 from kt_async.engine.cuda_runner import CudaLimits  # noqa: E402
+from kt_async.engine.expert_split import LayerRates, SplitRates  # noqa: E402
 from kt_async.engine.runner import CpuLimits  # noqa: E402
 from kt_async.engine.types import GenerationRequest, SamplingParams  # noqa: E402
 from kt_async.ffi import structs  # noqa: E402
@@ -196,6 +197,54 @@ def test_graphs_give_the_text_of_the_cpu_engine(folder: Path, experts_in_vram: b
     )
     print(f"same tokens as the CPU engine: {same} of {5 * 24}")
     assert [o[0] for o in ours] == [e[0] for e in expected]
+
+
+@pytest.mark.parametrize("type_name", ["Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("chunk", [9, 64, 512])
+def test_prompt_kl_of_chunks_shared_with_the_cpu(
+    folder: Path, type_name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = []
+
+    def half(experts: Any, *_: Any, **__: Any) -> None:
+        layers = [LayerRates(1.0, (1, 64), (1.0, 2.0))] * experts.copies.num_layers
+        experts.rates = SplitRates(layers, (1.5, 0.0), (0.0, 0.0), overlap=True)
+
+    choose = SplitRates.choose
+
+    def spy(*args: Any) -> Any:
+        streamed = choose(*args)
+        shares.append(streamed.sum() / len(streamed))
+        return streamed
+
+    monkeypatch.setattr("kt_async.engine.cuda_build.measure_rates", half)
+    monkeypatch.setattr(SplitRates, "choose", spy)
+    path = checkpoint(folder, type_name)
+    made = engine(path, experts_in_vram=False, chunk_size=chunk)
+    try:
+        ours = log_softmax(made.prompt_logits(prompt(300)))
+        again = log_softmax(made.prompt_logits(prompt(300)))
+    finally:
+        made.close()
+    kl = mean_kl(hf_logprobs(exact_model(path), prompt(300)), ours)
+    print(f"KL {type_name} shared, chunk={chunk}: {kl:.2e}, streamed {np.mean(shares):.2f}")
+    assert 0.2 < np.mean(shares) < 0.9
+    assert kl <= KL_LIMITS[type_name]
+    np.testing.assert_array_equal(again, ours)
+
+
+def test_a_prompt_of_several_chunks_generates(folder: Path) -> None:
+    path = checkpoint(folder, "Q8_0")
+    made = engine(path, experts_in_vram=False, use_graphs=True, chunk_size=64)
+    try:
+        ours = made.generate([prompt(300)], 4)
+    finally:
+        made.close()
+    whole = engine(path, experts_in_vram=False, use_graphs=True, chunk_size=512)
+    try:
+        assert whole.generate([prompt(300)], 4)[0][0] == ours[0][0]
+    finally:
+        whole.close()
 
 
 def test_f32_greedy_is_transformers(folder: Path) -> None:

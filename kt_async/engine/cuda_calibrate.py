@@ -1,0 +1,212 @@
+"""Measures at start what the cost model of engine/expert_split.py needs, in well under a second.
+
+CPU and bus are timed while both work, because they share the memory; the gap between two layers is
+timed in a short forward over made-up tokens, which also loads what the first prompt would wait for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from kt_async.engine.cuda_copies import ExpertCopies
+from kt_async.engine.cuda_grouped import grouped_multiply
+from kt_async.engine.cuda_ops import CudaOps
+from kt_async.engine.cuda_stream import StreamedExperts
+from kt_async.engine.cuda_values import Rows, StepTensors
+from kt_async.engine.expert_split import LayerRates, SplitRates
+from kt_async.model.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+_CPU_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)  # rows per expert
+_CPU_PAIRS = 1024  # rows times experts of one measurement, roughly
+_CPU_RUNS = 3
+_PAUSE_S = 5e-4  # as long as a layer's other work
+_PAIRS_PER_ROW = 2  # a row's other experts are the GPU's
+_COPIES = 2  # of a whole layer beside each measurement
+_FEW_TOKENS = 64
+_GAP_LAYERS = 5
+
+
+def measure_rates(
+    experts: StreamedExperts,
+    ops: CudaOps,
+    spec: ModelSpec,
+    forward: Callable[[CudaOps, ModelSpec], object],
+    *,
+    overlap: bool,
+) -> SplitRates:
+    """Rates of all layers, logged in one line. overlap: copies run in the background."""
+    begin = time.monotonic()
+    assert experts.copies is not None
+    kinds = [experts.copies.kind(number) for number in range(experts.copies.num_layers)]
+    found = {}
+    for kind in dict.fromkeys(kinds):
+        alike = [number for number, other in enumerate(kinds) if other == kind]
+        found[kind] = _layer_rates(experts, experts.copies, alike)
+    layers = [found[kind] for kind in kinds]
+    few, many = _token_counts(experts)
+    gpu = [_gpu_seconds(experts, ops, tokens) for tokens in (few, many)]
+    rates = SplitRates(layers, _line(few, many, gpu), (0.0, 0.0), overlap)
+    experts.rates = rates
+    gaps = [_gap_seconds(experts, ops, spec, forward, tokens) for tokens in (few, many)]
+    rates = replace(rates, gap_s=_line(few, many, gaps))
+    experts.rates = rates
+    log.info("%s, measured in %.2f s", describe(rates, experts), time.monotonic() - begin)
+    return rates
+
+
+def describe(rates: SplitRates, experts: StreamedExperts) -> str:
+    """One line: the rates of the first layer and from how many tokens on the GPU takes more."""
+    first = rates.layers[0]
+    assert experts.copies is not None
+    size = experts.copies.bytes_per_expert(0)
+    cpu = ", ".join(
+        f"{seconds * 1e6:.0f} us at {rows}"
+        for rows, seconds in zip(first.cpu_rows, first.cpu_s, strict=True)
+        if rows in (1, 8, 64)
+    )
+    top_k, count = experts.host.ids.shape[1], experts.num_experts
+    crossover = "never"
+    for tokens in range(1, len(experts.host.ids) + 1):
+        counts = np.full(count, max(1, round(tokens * top_k / count)), np.int64)
+        counts[min(count, tokens * top_k) :] = 0
+        if rates.choose(0, tokens, counts, 0).sum() > (counts > 0).sum() / 2:
+            crossover = f"from {tokens} tokens on"
+            break
+    gap, gpu = rates.gap(512) * 1e3, (rates.gpu_s[0] + rates.gpu_s[1] * 512) * 1e3
+    return (
+        f"prompt experts: CPU {cpu} rows and {first.cpu_start_s * 1e6:.0f} us a layer, "
+        f"copy {first.copy_s * 1e6:.0f} us "
+        f"({size / first.copy_s * 1e-9:.1f} GB/s), a layer of 512 tokens {gpu:.2f} ms on the GPU "
+        f"and {gap:.2f} ms between layers; the GPU takes most experts {crossover}"
+    )
+
+
+def _line(few: int, many: int, seconds: list[float]) -> tuple[float, float]:
+    """Seconds as fixed + slope * tokens through two points; neither part below 0."""
+    slope = max(0.0, (seconds[1] - seconds[0]) / max(1, many - few))
+    return max(0.0, seconds[0] - slope * few), slope
+
+
+def _token_counts(experts: StreamedExperts) -> tuple[int, int]:
+    most = len(experts.host.ids)
+    return min(_FEW_TOKENS, most), most
+
+
+def _layer_rates(experts: StreamedExperts, copies: ExpertCopies, layers: list[int]) -> LayerRates:
+    """Rates of layers of one kind; each run takes another one, whose weights no cache holds."""
+    everyone, turn = np.arange(experts.num_experts), itertools.cycle(layers)
+    rows: list[int] = []
+    cpu: list[float] = []
+    bus: list[float] = []
+    start = 0.0
+    for per_expert in (0, *_CPU_ROWS):
+        used = 1 if per_expert == 0 else min(experts.num_experts, _CPU_PAIRS // per_expert)
+        run = _cpu_run(experts, used, max(1, per_expert))
+        if run is None:
+            break
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record(copies.stream)
+        for _ in range(_COPIES):
+            copies.start(layers[0], everyone)
+        after.record(copies.stream)
+        # The median: a run that was disturbed is no rate, nor is the luckiest one.
+        seconds = statistics.median(_timed(run, next(turn)) for _ in range(_CPU_RUNS))
+        if per_expert == 0:
+            start = seconds
+        else:
+            rows.append(per_expert)
+            cpu.append(max(seconds - start, 1e-9) / used)
+        after.synchronize()
+        bus.append(before.elapsed_time(after) * 1e-3 / (_COPIES * len(everyone)))
+    # More rows never take less time: a measurement that says so was disturbed.
+    steady = np.maximum.accumulate(cpu)
+    return LayerRates(float(np.median(bus)), tuple(rows), tuple(steady.tolist()), start)
+
+
+def _timed(run: Callable[[int], None], layer: int) -> float:
+    """Seconds of a run that finds the workers asleep, as they are when a layer begins."""
+    time.sleep(_PAUSE_S)
+    begin = time.perf_counter()
+    run(layer)
+    return time.perf_counter() - begin
+
+
+def _cpu_run(experts: StreamedExperts, used: int, per_expert: int) -> Callable[[int], None] | None:
+    """Runs experts 0 .. used - 1 of a layer with so many rows each; None if they do not fit."""
+    host = experts.host
+    per_row = min(_PAIRS_PER_ROW, host.ids.shape[1], used)
+    tokens = -(-used * per_expert // per_row)
+    if tokens > len(host.ids) or used > experts.num_experts:
+        return None
+    x, weights, out = (t[:tokens].numpy() for t in (host.x, host.weights, host.out))
+    x[:] = np.random.default_rng(1).standard_normal(x.shape, np.float32)
+    weights[:] = 1.0 / weights.shape[1]
+    ids = np.full(weights.shape, -1, np.int32)
+    ids[:, :per_row] = np.arange(tokens * per_row).reshape(tokens, -1) % used
+    is_prompt = np.ones(tokens, np.uint8)
+    return lambda layer: experts.run_beside(layer, x, ids, weights, out, is_prompt)
+
+
+def _gpu_seconds(experts: StreamedExperts, ops: CudaOps, tokens: int) -> float:
+    """One layer's products on the GPU with every expert used alike."""
+    assert experts.copies is not None
+    top_k, hidden = experts.host.ids.shape[1], experts.host.x.shape[1]
+    copied = experts.copies.start(0, np.arange(experts.num_experts))
+    torch.cuda.current_stream().wait_event(copied)
+    values = torch.zeros((tokens, hidden), dtype=torch.float32, device="cuda")
+    ids = torch.arange(tokens * top_k, dtype=torch.int32, device="cuda") % experts.num_experts
+    ids = ids.view(tokens, top_k)
+    weights = torch.ones((tokens, top_k), dtype=torch.float32, device="cuda")
+    matrices = experts.copies.matrices(0)
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):  # the first run loads and warms
+        before.record()
+        grouped_multiply(ops, Rows(values, hidden), values, ids, weights, matrices)
+        after.record()
+    after.synchronize()
+    return float(before.elapsed_time(after)) * 1e-3
+
+
+def _gap_seconds(
+    experts: StreamedExperts,
+    ops: CudaOps,
+    spec: ModelSpec,
+    forward: Callable[[CudaOps, ModelSpec], object],
+    tokens: int,
+) -> float:
+    """How long the CPU waits between two layers of a chunk, apart from the GPU's products."""
+    numbers = [int(name.split(".")[1]) for name in experts.layer_of]
+    last = sorted(numbers)[:_GAP_LAYERS][-1]
+    kept = ops.step, ops.experts_backend
+    trace: list[tuple[float, float]] = []
+    scratch = (ops.pages.layers[0].shape[0] - 1) * ops.page_size
+    ops.step = StepTensors(
+        tokens=torch.arange(tokens, dtype=torch.int32, device="cuda") % spec.vocab_size,
+        positions=torch.zeros(tokens, dtype=torch.int32, device="cuda"),
+        kv_slot=torch.full((tokens,), scratch, dtype=torch.int32, device="cuda"),
+        logit_tokens=torch.zeros(1, dtype=torch.int64, device="cuda"),
+        sampled=torch.zeros(1, dtype=torch.int32, device="cuda"),
+        attend=lambda q, _cache, _scale: q,
+    )
+    ops.experts_backend = experts
+    try:
+        for _ in range(2):  # the first run loads and warms
+            with experts.step(tokens):
+                experts.trace = trace = []
+                forward(ops, replace(spec, num_layers=last + 1))
+                torch.cuda.current_stream().synchronize()
+        gaps = [start - end for (_, end), (start, _) in itertools.pairwise(trace)]
+    finally:
+        ops.step, ops.experts_backend = kept
+        experts.trace = None
+    return float(np.median(gaps)) if gaps else 0.0

@@ -1,0 +1,300 @@
+"""Routed experts of prompt chunks: part copied over PCIe for the GPU, part left on the CPU.
+
+Per layer: the ids come to the host, the cost model (engine/expert_split.py) picks the experts to
+stream, a thread of its own runs the CPU's experts, and meanwhile the copies, the GPU's products and
+the next layer up to its router are put on their streams. There a kernel waits for the CPU's sum,
+which is added last, in a fixed order. Two device buffers alternate, so that part of the next
+layer's experts is copied before that layer's rows are known: the bus never rests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kt_async.engine.cuda_copies import ExpertCopies, HostBuffers
+from kt_async.engine.cuda_experts import Names, VramExperts, gemv
+from kt_async.engine.cuda_grouped import (
+    HostPart,
+    grouped_multiply,
+    multiply_rows,
+    sort_rows,
+    sum_rows,
+)
+from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
+from kt_async.engine.cuda_values import Rows
+from kt_async.engine.expert_split import LayerRates, SplitRates
+from kt_async.errors import EngineError
+from kt_async.ffi.handoff import ExpertSet
+
+_I64 = ctypes.c_int64
+_PTR = ctypes.c_void_p
+_LIMIT_TICKS = 20_000_000_000  # about ten seconds of clock64, for the CPU's part of one layer
+
+
+@dataclass(slots=True)
+class StreamedExperts:
+    """Implements cuda_ops.RoutedExperts for steps that run eagerly."""
+
+    cpu: ExpertSet
+    layer_of: Mapping[str, int]
+    num_experts: int
+    host: HostBuffers
+    vram: VramExperts  # computes the layers that are not in layer_of
+    copies: ExpertCopies | None = None  # None: everything stays on the CPU
+    rates: SplitRates | None = None  # None: stream every expert, if copies can be made
+    trace: list[tuple[float, float]] | None = None  # when set: the CPU's start and end per layer
+    _thread: ThreadPoolExecutor = field(init=False)
+    _running: Future[None] | None = None  # the CPU's part of the last layer
+    _use_cpu: bool = True
+    _tokens: int = 0
+    _ahead_of: dict[LayerRates, int] = field(default_factory=dict)  # in this step, by kind
+    _ahead: dict[int, int] = field(default_factory=dict)  # layer -> experts copied ahead
+    _copied: dict[int, torch.cuda.Event] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "kt-experts", lambda: _move_to(self._core()))
+
+    @contextmanager
+    def step(self, rows: int) -> Iterator[None]:
+        """Around a forward and the wait for its stream. Raises what failed on the CPU.
+
+        This thread and the one that runs the CPU's experts stay on the core without a worker: one
+        that has to share its core is late, and all others wait for it.
+        """
+        before = _move_to(self._core())
+        try:
+            self.begin_step(rows)
+            yield
+            self._end_step()
+        finally:
+            os.sched_setaffinity(0, before)
+
+    def begin_step(self, rows: int, *, use_cpu: bool = True) -> None:
+        """Called before a forward: forgets copies of the last step and starts the first ones.
+
+        use_cpu: False while the CPU belongs to others: every expert that the GPU can read is
+        streamed, and the host never waits for the GPU.
+        """
+        self._use_cpu = use_cpu
+        self._ahead.clear()
+        self._ahead_of.clear()
+        self._copied.clear()
+        self._tokens = rows
+        self._running = None
+        self._copy_ahead(0)
+
+    def _end_step(self) -> None:
+        self._wait_cpu()
+        state = int(self.host.flags[1])
+        self.host.flags.zero_()
+        if state:
+            raise EngineError(f"the CPU experts did not answer the GPU (state {state})")
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def _core(self) -> int:
+        """Of the threads that drive the GPU while the CPU computes; -1 = any."""
+        return self.cpu.caller_cpu if self.copies is not None else -1
+
+    def __call__(
+        self,
+        ops: CudaOps,
+        x: Rows,
+        residual: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        names: Names,
+    ) -> torch.Tensor | Rows:
+        if names[0] not in self.layer_of:
+            return self.vram(ops, x, residual, ids, weights, names)
+        layer = self.layer_of[names[0]]
+        if self._streams_all():
+            return self._stream_all(ops, x, residual, ids, weights, layer)
+        return self._share(ops, x, residual, ids, weights, layer)
+
+    def _streams_all(self) -> bool:
+        return self.copies is not None and (self.rates is None or not self._use_cpu)
+
+    def _stream_all(
+        self,
+        ops: CudaOps,
+        x: Rows,
+        residual: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        layer: int,
+    ) -> torch.Tensor | Rows:
+        copies = self.copies
+        assert copies is not None
+        self._copy_ahead(layer + 1)
+        torch.cuda.current_stream().wait_event(self._copied[layer])
+        matrices = copies.matrices(layer)
+        multiply: Callable[..., torch.Tensor | Rows] = gemv if ops.few else grouped_multiply
+        out = multiply(ops, x, residual, ids, weights, matrices)
+        copies.release(layer)
+        return out
+
+    def _share(
+        self,
+        ops: CudaOps,
+        x: Rows,
+        residual: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        layer: int,
+    ) -> torch.Tensor:
+        ids_known, rows_known = self._fetch(x, ids, weights)
+        self._wait_cpu()  # asleep: until then its workers have better use for this core
+        ids_known.synchronize()
+        host_ids = self.host.ids[: len(ids)].numpy()
+        streamed = self._choose(layer, host_ids)
+        # On the CPU too, the arithmetic belongs to the token: prompt tokens in bf16 where it is fast.
+        is_prompt = None if ops.few else np.ones(len(ids), np.uint8)
+        self._start_cpu(layer, host_ids, streamed, is_prompt, rows_known)
+        self.host.gpu_computes.numpy()[:] = streamed
+        part = HostPart(self.host.gpu_computes, self.host.out)
+        by_expert = sort_rows(ops, ids, self.num_experts, part)
+        y = None
+        if streamed.any():
+            copies = self._copy_rest(layer, streamed)
+            matrices = copies.matrices(layer)
+            if ops.few:
+                mine = torch.where(by_expert.position.view_as(ids) >= 0, ids, -1)
+                few = gemv(ops, x, residual, mine, weights, matrices)
+                ops.settle(few)
+                assert few.f32 is not None
+                residual = few.f32
+            else:
+                y = multiply_rows(ops, x, by_expert, ids.shape[1], matrices)
+            copies.release(layer)
+        if self._running is not None:
+            flags = self.host.flags.data_ptr()
+            arguments = [_PTR(flags), _PTR(flags + 4), _I64(_LIMIT_TICKS)]
+            ops.launch("wait_for_host", (1, 1), arguments, 1)
+        return sum_rows(ops, y, by_expert, weights, residual, part)
+
+    def _fetch(
+        self, x: Rows, ids: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Bring a layer's rows to the host; the events follow the ids and everything."""
+        assert x.f32 is not None
+        tokens = len(ids)
+        self.host.ids[:tokens].copy_(ids, non_blocking=True)
+        ids_known, rows_known = torch.cuda.Event(), torch.cuda.Event()
+        ids_known.record()
+        self.host.weights[:tokens].copy_(weights, non_blocking=True)
+        self.host.x[:tokens].copy_(x.f32, non_blocking=True)
+        rows_known.record()
+        return ids_known, rows_known
+
+    def _choose(self, layer: int, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """bool [E]: the experts that the GPU computes."""
+        if self.copies is None or self.rates is None:
+            return np.zeros(self.num_experts, np.bool_)
+        counts = np.bincount(ids[ids >= 0], minlength=self.num_experts)
+        return self.rates.choose(layer, self._tokens, counts, self._ahead.get(layer, 0))
+
+    def _copy_rest(self, layer: int, streamed: npt.NDArray[np.bool_]) -> ExpertCopies:
+        """Copy what was not copied ahead, then the next layer's first; the stream waits for it."""
+        copies = self.copies
+        assert copies is not None
+        ahead = self._ahead.get(layer, 0)
+        copied = copies.start(layer, np.flatnonzero(streamed[ahead:]) + ahead)
+        self._copy_ahead(layer + 1)
+        torch.cuda.current_stream().wait_event(copied)
+        return copies
+
+    def _copy_ahead(self, layer: int) -> None:
+        copies = self.copies
+        if copies is None or layer >= len(self.layer_of):
+            return
+        count = self.num_experts
+        if not self._streams_all():
+            assert self.rates is not None
+            kind, top_k = self.rates.layers[layer], self.host.ids.shape[1]
+            if kind not in self._ahead_of:
+                made = self.rates.ahead(layer, self._tokens, top_k, self.num_experts)
+                self._ahead_of[kind] = made
+            count = self._ahead_of[kind]
+        self._ahead[layer] = count
+        if count > 0:
+            self._copied[layer] = copies.start(layer, np.arange(count))
+
+    def _start_cpu(
+        self,
+        layer: int,
+        ids: npt.NDArray[np.int32],
+        streamed: npt.NDArray[np.bool_],
+        is_prompt: npt.NDArray[np.uint8] | None,
+        rows_known: torch.cuda.Event,
+    ) -> None:
+        mine = np.where((ids < 0) | streamed[ids], np.int32(-1), ids)
+        self._running = None
+        if (mine >= 0).any():
+            self._running = self._thread.submit(self._run_cpu, layer, mine, is_prompt, rows_known)
+
+    def _run_cpu(
+        self,
+        layer: int,
+        ids: npt.NDArray[np.int32],
+        is_prompt: npt.NDArray[np.uint8] | None,
+        rows_known: torch.cuda.Event,
+    ) -> None:
+        """In a thread of its own. The GPU waits for the flag, whatever happens."""
+        host, tokens, state = self.host, len(ids), 2
+        try:
+            rows_known.synchronize()
+            x, weights, out = (t[:tokens].numpy() for t in (host.x, host.weights, host.out))
+            begin = time.perf_counter()
+            self.run_beside(layer, x, ids, weights, out, is_prompt)
+            if self.trace is not None:
+                self.trace.append((begin, time.perf_counter()))
+            state = 1
+        finally:
+            host.flags.numpy()[0] = state
+
+    def run_beside(
+        self,
+        layer: int,
+        x: npt.NDArray[np.float32],
+        ids: npt.NDArray[np.int32],
+        weights: npt.NDArray[np.float32],
+        out: npt.NDArray[np.float32],
+        is_prompt: npt.NDArray[np.uint8] | None,
+    ) -> None:
+        """The CPU's experts, with cores left for the threads that drive the GPU meanwhile."""
+        self.cpu.spare(int(self._core() >= 0))
+        try:
+            self.cpu.run(layer, x, ids, weights, out, is_prompt)
+        finally:
+            self.cpu.spare(0)
+
+    def _wait_cpu(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+
+def around_step(experts: RoutedExperts, rows: int) -> AbstractContextManager[None]:
+    """What a backend wants around an eager forward and the wait for its stream."""
+    return experts.step(rows) if isinstance(experts, StreamedExperts) else nullcontext()
+
+
+def _move_to(core: int) -> set[int]:
+    """Restrict this thread to a core (-1: leave it); returns where it could run before."""
+    before = os.sched_getaffinity(0)
+    if core >= 0:
+        with suppress(OSError):  # the core was taken from the process since the pool was made
+            os.sched_setaffinity(0, {core})
+    return before

@@ -1,0 +1,181 @@
+// prefill.cu: routed experts of many rows, around torch's grouped bf16 GEMM. Follows step.cu.
+//
+// A pair is one (token, expert) of the step. group_rows_by_expert sorts the pairs that the GPU
+// computes by expert, in pair order within an expert; the rows of the GEMMs are in that order, and
+// `ends` bounds each expert's. An expert without rows is neither dequantised nor multiplied.
+
+constexpr int kNobody = -1;  // position of a pair that somebody else computes and adds
+constexpr int kHost = -2;    // position of a pair whose token's row waits in host memory
+
+// One block of 256 threads per expert. gpu_computes: [experts] bytes, or null for all (may lie in
+// pinned host memory). order: pair of each sorted row. position: [pairs] sorted row, kNobody or
+// kHost. ends: [experts] one past the last row of an expert.
+extern "C" __global__ void __launch_bounds__(256)
+    group_rows_by_expert(const int* ids, int pairs, int experts, const u8* gpu_computes, int* order,
+                         int* position, int* ends) {
+  release_next();
+  wait_for_previous();
+  __shared__ u8 wanted[1024];
+  __shared__ int before_warp[9], before_expert;
+  const int e = blockIdx.x, t = threadIdx.x, lane = t & 31, warp = t >> 5;
+  for (int i = t; i < experts; i += 256) {
+    wanted[i] = gpu_computes == nullptr ? 1 : gpu_computes[i];
+  }
+  if (t == 0) {
+    before_expert = 0;
+  }
+  __syncthreads();
+  int before = 0;
+  for (int i = t; i < pairs; i += 256) {
+    const int id = ids[i];
+    before += id >= 0 && id < e && wanted[id];
+  }
+#pragma unroll
+  for (int s = 16; s > 0; s >>= 1) {
+    before += __shfl_xor_sync(~0u, before, s);
+  }
+  if (lane == 0 && before > 0) {
+    atomicAdd(&before_expert, before);  // integers: the order does not matter
+  }
+  __syncthreads();
+  int at = before_expert;
+  for (int first = 0; first < pairs; first += 256) {
+    const int i = first + t, id = i < pairs ? ids[i] : -1;
+    const bool mine = id == e;
+    if (e == 0 && i < pairs && id < 0) {
+      position[i] = kNobody;
+    }
+    const u32 votes = __ballot_sync(~0u, mine);
+    if (lane == 0) {
+      before_warp[warp + 1] = __popc(votes);
+    }
+    __syncthreads();
+    if (mine && !wanted[e]) {
+      position[i] = kHost;
+    } else if (mine) {
+      int to = at + __popc(votes & ((1u << lane) - 1));
+      for (int w = 1; w <= warp; ++w) {
+        to += before_warp[w];
+      }
+      order[to] = i;
+      position[i] = to;
+    }
+    for (int w = 1; w <= 8; ++w) {
+      at += before_warp[w];
+    }
+    __syncthreads();
+  }
+  if (t == 0) {
+    ends[e] = wanted[e] ? at : before_expert;
+  }
+}
+
+// out bf16 [sorted rows, cols] = the pairs' tokens; grid.x = pairs, rows that do not exist return.
+extern "C" __global__ void gather_rows(const u16* x, int cols, int top_k, const int* order,
+                                       const int* num_rows, u16* out) {
+  release_next();
+  wait_for_previous();
+  const i64 row = blockIdx.x;
+  if (row >= *num_rows) {
+    return;
+  }
+  const uint4* from = reinterpret_cast<const uint4*>(x + (i64)(order[row] / top_k) * cols);
+  uint4* to = reinterpret_cast<uint4*>(out + row * cols);
+  for (int i = threadIdx.x; i < cols / 8; i += blockDim.x) {
+    to[i] = from[i];
+  }
+}
+
+// bf16 of the experts that have rows: expert e goes to out + e * stride. grid = (bands, experts).
+extern "C" __global__ void __launch_bounds__(kThreads)
+    dequantize_used(Matrix w, const int* ends, i64 stride, u16* out) {
+  release_next();
+  wait_for_previous();
+  const int e = blockIdx.y, r = threadIdx.x & 15, row = blockIdx.x * 16 + r;
+  if (ends[e] == (e == 0 ? 0 : ends[e - 1]) || row >= w.rows) {
+    return;
+  }
+  const u8* band = w.data + e * w.expert_bytes + blockIdx.x * w.band_bytes;
+  u16* to = out + e * stride + (i64)row * w.cols;
+  for (int b = threadIdx.x >> 4; b < w.cols / 32; b += kHalfWarps) {
+    dequantize_any(w.type, band, w.cols, b, r, to + 32 * b);
+  }
+}
+
+__device__ __forceinline__ float bf16_low(u32 pair) { return __int_as_float(pair << 16); }
+__device__ __forceinline__ float bf16_high(u32 pair) { return __int_as_float(pair & 0xffff0000); }
+
+// h bf16 [rows, cols] = silu(gate) * up of gate_up bf16 [rows, 2 * cols]; grid.x = most rows.
+extern "C" __global__ void silu_mul_rows(const u16* gate_up, int cols, const int* num_rows,
+                                         u16* h) {
+  release_next();
+  wait_for_previous();
+  const i64 row = blockIdx.x;
+  if (row >= *num_rows) {
+    return;
+  }
+  const u32* gate = reinterpret_cast<const u32*>(gate_up + row * 2 * cols);
+  const u32* up = gate + cols / 2;
+  u32* to = reinterpret_cast<u32*>(h + row * cols);
+  for (int i = threadIdx.x; i < cols / 2; i += blockDim.x) {
+    const u32 g = gate[i], u = up[i];
+    const float g0 = bf16_low(g), g1 = bf16_high(g);
+    to[i] = bf16_pair(g0 / (1.0f + __expf(-g0)) * bf16_low(u),
+                      g1 / (1.0f + __expf(-g1)) * bf16_high(u));
+  }
+}
+
+// Waits for the host's *done (limit in clock ticks) and clears it; 1 = its rows are complete. Any
+// other value, and 3 when the host never answers, goes to *error. One thread: the kernels after it
+// wait for it without holding multiprocessors.
+extern "C" __global__ void wait_for_host(u32* done, u32* error, i64 limit) {
+  wait_for_previous();
+  const i64 begin = clock64();
+  u32 value = 0;
+  while (value == 0) {
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
+    if (value == 0 && clock64() - begin > limit) {
+      value = 3;
+    }
+  }
+  if (value != 1) {
+    *error = value;
+  }
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(done), "r"(0u) : "memory");
+  release_next();
+}
+
+// out[t] = residual[t] + sum over k, in order, of weight[t, k] * y[position of pair], then the row
+// that host memory holds for the token, if one of its pairs was computed there. grid = (T, n).
+extern "C" __global__ void sum_rows(const u16* y, const int* position, const float* weight,
+                                    int top_k, int cols, const float* host, const float* residual,
+                                    float* out) {
+  release_next();
+  wait_for_previous();
+  const i64 token = blockIdx.x;
+  for (int c = 2 * (blockIdx.y * blockDim.x + threadIdx.x); c < cols;
+       c += 2 * gridDim.y * blockDim.x) {
+    float2 sum = make_float2(0.0f, 0.0f);
+    bool from_host = false;
+    for (int k = 0; k < top_k; ++k) {
+      const int row = position[token * top_k + k];
+      from_host |= row == kHost;
+      if (row >= 0 && y != nullptr) {
+        const float w = weight[token * top_k + k];
+        const u32 pair = *reinterpret_cast<const u32*>(y + (i64)row * cols + c);
+        sum.x += w * bf16_low(pair);
+        sum.y += w * bf16_high(pair);
+      }
+    }
+    const i64 at = token * cols + c;
+    const float2 r = *reinterpret_cast<const float2*>(residual + at);
+    sum.x += r.x;
+    sum.y += r.y;
+    if (from_host) {
+      const float2 h = __ldcv(reinterpret_cast<const float2*>(host + at));
+      sum.x += h.x;
+      sum.y += h.y;
+    }
+    *reinterpret_cast<float2*>(out + at) = sum;
+  }
+}
