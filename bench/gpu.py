@@ -35,6 +35,8 @@ from kt_async.weights.source import ModelFiles, open_model
 
 _PROMPT = 64
 _PAGE = 32
+_GREEDY = SamplingParams(temperature=0.0)
+_SAMPLED = SamplingParams(temperature=0.7, top_k=20, top_p=0.95)  # as many models recommend
 
 
 class Engine:
@@ -66,8 +68,8 @@ class Engine:
         self.next_id = 1
         self.phases: list[tuple[int, int, int]] = []  # ns of plan, run, commit by step
 
-    def submit(self, prompt: list[int], tokens: int) -> int:
-        request = GenerationRequest("bench", prompt, tokens, SamplingParams(temperature=0.0))
+    def submit(self, prompt: list[int], tokens: int, sampling: SamplingParams = _GREEDY) -> int:
+        request = GenerationRequest("bench", prompt, tokens, sampling)
         assert self.scheduler.submit(self.next_id, request, time.monotonic_ns())
         self.next_id += 1
         return self.next_id - 1
@@ -99,10 +101,16 @@ def prompt(length: int, vocab: int, seed: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(0, vocab, length)]
 
 
-def measure_decode(engine: Engine, spec: ModelSpec, clients: int, tokens: int) -> float:
+def measure_decode(
+    engine: Engine,
+    spec: ModelSpec,
+    clients: int,
+    tokens: int,
+    sampling: SamplingParams = _GREEDY,
+) -> float:
     """Tokens per second of all clients, from the median decode step."""
     for i in range(clients):
-        engine.submit(prompt(_PROMPT, spec.vocab_size, engine.next_id * 31 + i), tokens)
+        engine.submit(prompt(_PROMPT, spec.vocab_size, engine.next_id * 31 + i), tokens, sampling)
     before = engine.runner.stats()
     engine.phases.clear()
     steps = [s for s in engine.drain() if s[1] == s[2] == clients]
@@ -110,8 +118,9 @@ def measure_decode(engine: Engine, spec: ModelSpec, clients: int, tokens: int) -
     median = statistics.median(s[0] for s in steps)
     p99 = sorted(s[0] for s in steps)[int(len(steps) * 0.99)]
     expert_ms = (after["expert_ns"] - before["expert_ns"]) / max(1, len(steps)) * 1e-6
+    kind = "" if sampling.temperature == 0.0 else "sampled, "
     print(
-        f"decode {clients:2d} clients: {clients / median:8.1f} tokens/s, step {median * 1e3:6.2f} ms "
+        f"decode {clients:2d} clients: {kind}{clients / median:8.1f} tokens/s, step {median * 1e3:6.2f} ms "
         f"(p99 {p99 * 1e3:.2f}), CPU experts {expert_ms:.2f} ms",
         flush=True,
     )
@@ -184,6 +193,7 @@ def main() -> int:
     )
     parser.add_argument("--interleave_prompt", type=int, default=8192)
     parser.add_argument("--lane_tokens", type=int, default=16, help="0 = no prefill lane")
+    parser.add_argument("--sampled", action="store_true", help="also temperature 0.7, top 20, 0.95")
     parser.add_argument("--profile", action="store_true", help="print time by GPU kernel")
     parser.add_argument("--cache_tokens", type=int, default=65536)
     args = parser.parse_args()
@@ -201,6 +211,8 @@ def main() -> int:
     print(f"ready after {time.monotonic() - begin:.1f} s", flush=True)
     for clients in args.clients:
         measure_decode(engine, spec, clients, args.tokens)
+        if args.sampled:
+            measure_decode(engine, spec, clients, args.tokens, _SAMPLED)
         if args.profile:
             profile_decode(engine, spec, clients)
     for length in args.prompts:

@@ -120,6 +120,12 @@ class RouterInputArg(ctypes.Structure):
     )
 
 
+class SignalArg(ctypes.Structure):
+    """struct Signal of router.cu."""
+
+    _fields_ = (("x", _PTR), ("ids", _PTR), ("weights", _PTR), ("flag", _PTR))
+
+
 class RouterOutputArg(ctypes.Structure):
     """struct RouterOutput of router.cu."""
 
@@ -129,6 +135,7 @@ class RouterOutputArg(ctypes.Structure):
         ("ids", _PTR),
         ("weights", _PTR),
         ("groups", GroupsArg),
+        ("signal", SignalArg),
     )
 
 

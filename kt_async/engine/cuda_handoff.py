@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from kt_async.engine.cuda_args import SignalArg
 from kt_async.engine.cuda_experts import Names, VramExperts
 from kt_async.engine.cuda_ops import CudaOps
-from kt_async.engine.cuda_values import Rows
+from kt_async.engine.cuda_values import Rows, prepared_arg
 from kt_async.errors import EngineError
 from kt_async.ffi import structs
 from kt_async.ffi.cuda import KernelArgument
@@ -28,6 +29,8 @@ MECHANISMS = {
 LIMIT_TICKS = 20_000_000_000  # about ten seconds of clock64
 _SIGNAL_BLOCKS = 4
 _BLOCK = 256
+_NORM_THREADS = 1024
+_WARP = 32
 
 _I32 = ctypes.c_int32
 _I64 = ctypes.c_int64
@@ -111,9 +114,6 @@ class Channel:
     ) -> None:
         """Hand x f32 [T, H], ids and weights [T, K] of a layer to the CPU."""
         b = self.buffers
-        # A host function is called in stream order: the kernel then raises a flag nobody reads.
-        by_host = self.mechanism == structs.KT_HANDOFF_HOST_CALL
-        request = b.counters[layer, 2:] if by_host else b.request[layer]
         launch(
             "handoff_signal",
             (_blocks(x.numel()), 1),
@@ -126,16 +126,23 @@ class Channel:
                 _PTR(b.x.data_ptr()),
                 _PTR(b.ids.data_ptr()),
                 _PTR(b.weights.data_ptr()),
-                _PTR(request.data_ptr()),
+                _PTR(self._request(layer).data_ptr()),
                 _PTR(b.counters[layer].data_ptr()),
             ],
         )
 
     def take(self, launch: Launch, layer: int, residual: torch.Tensor) -> torch.Tensor:
         """Wait for the CPU; residual + its result, f32 [T, H]."""
+        out = torch.empty_like(residual)
+        self.take_into(launch, layer, residual, out)
+        return out
+
+    def take_into(
+        self, launch: Launch, layer: int, residual: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """The same into `out`."""
         b = self.buffers
         self.wait_in_graph(layer)
-        out = torch.empty_like(residual)
         launch(
             "handoff_wait",
             (_blocks(residual.numel()), 1),
@@ -150,7 +157,16 @@ class Channel:
                 _PTR(out.data_ptr()),
             ],
         )
-        return out
+
+    def signal(self, layer: int) -> SignalArg:
+        """For a router kernel that asks by itself."""
+        b = self.buffers
+        return SignalArg(
+            b.x.data_ptr(),
+            b.ids.data_ptr(),
+            b.weights.data_ptr(),
+            self._request(layer).data_ptr(),
+        )
 
     def check(self) -> None:
         """Raise EngineError when a replay ended without the CPU's answer."""
@@ -158,6 +174,12 @@ class Channel:
         if state:
             reason = "failed" if state == 2 else "did not answer in time"
             raise EngineError(f"the CPU experts {reason} in a decode step (state {state})")
+
+    def _request(self, layer: int) -> torch.Tensor:
+        """The flag that a kernel raises. A host function is called in stream order: it needs none."""
+        if self.mechanism == structs.KT_HANDOFF_HOST_CALL:
+            return self.buffers.counters[layer, 2:]
+        return self.buffers.request[layer]
 
     def wait_in_graph(self, layer: int) -> None:
         """Captured between ask and take; a spinning kernel needs nothing."""
@@ -202,6 +224,60 @@ class HandoffExperts:
         assert x.f32 is not None
         self.channel.ask(ops.launch, self.layer_of[names[0]], x.f32, ids, weights)
 
-    def take(self, ops: CudaOps, residual: torch.Tensor, names: Names) -> torch.Tensor:
-        """residual + the experts' outputs."""
-        return self.channel.take(ops.launch, self.layer_of[names[0]], residual)
+    def signal(self, names: Names) -> SignalArg:
+        """Where the router puts the rows."""
+        return self.channel.signal(self.layer_of[names[0]])
+
+    def take(self, ops: CudaOps, residual: torch.Tensor, names: Names) -> Rows:
+        """residual + the experts' outputs, waited for by whoever needs them first."""
+        waiting = CpuSum(self.channel, ops, self.layer_of[names[0]], residual)
+        return Rows(torch.empty_like(residual), residual.shape[1], sum_of=waiting)
+
+    def warm_up(self, ops: CudaOps, width: int) -> None:
+        """Launch what only graphs use: a capture cannot load kernels."""
+        self.channel.buffers.done[0, 0] = 1
+        x = torch.zeros((1, width), device="cuda")
+        spinning = replace(self.channel, mechanism=structs.KT_HANDOFF_SPIN)
+        CpuSum(spinning, ops, 0, x).add_and_norm(x, x[0].clone(), 1.0, Rows(x.clone(), width))
+        torch.cuda.current_stream().synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class CpuSum:
+    """Implements cuda_values.WaitingSum for a layer of a channel."""
+
+    channel: Channel
+    ops: CudaOps
+    layer: int
+    residual: torch.Tensor
+
+    def add(self, out: torch.Tensor) -> None:
+        """Wait; residual + the CPU's result."""
+        self.channel.take_into(self.ops.launch, self.layer, self.residual, out)
+
+    def add_and_norm(
+        self, out: torch.Tensor, weight: torch.Tensor, eps: float, normed: Rows
+    ) -> None:
+        """The same, and the norm that follows."""
+        rows, cols = self.residual.shape
+        b = self.channel.buffers
+        self.channel.wait_in_graph(self.layer)
+        self.ops.launch(
+            "handoff_wait_norm",
+            (rows, 1),
+            [
+                _PTR(b.out.data_ptr()),
+                _PTR(self.residual.data_ptr()),
+                _I32(cols),
+                _PTR(b.done[self.layer].data_ptr()),
+                _PTR(b.counters[self.layer, 1:].data_ptr()),
+                _PTR(b.error.data_ptr()),
+                _I64(self.channel.limit_ticks),
+                _PTR(out.data_ptr()),
+                _PTR(weight.data_ptr()),
+                ctypes.c_float(eps),
+                prepared_arg(normed),
+            ],
+            min(_NORM_THREADS, -(-cols // _WARP) * _WARP),
+            4 * cols,
+        )

@@ -21,6 +21,7 @@ from kt_async.engine.cuda_kv import FP8, KvPages
 from kt_async.engine.cuda_overlap import OverlappedExperts
 from kt_async.engine.cuda_router import Router, add_experts, add_experts_and_norm
 from kt_async.engine.cuda_values import (
+    ExpertSum,
     FloatMatrix,
     NormOf,
     PackedMatrix,
@@ -131,7 +132,10 @@ class CudaOps:
         vector = self._tensor(weight)
         if x.sum_of is not None:
             assert x.f32 is not None
-            add_experts_and_norm(self, x.sum_of, x.f32, vector, eps, out)
+            if isinstance(x.sum_of, ExpertSum):
+                add_experts_and_norm(self, x.sum_of, x.f32, vector, eps, out)
+            else:
+                x.sum_of.add_and_norm(x.f32, vector, eps, out)
             x.sum_of = None
             return out
         out.norm_of = NormOf(x, vector, eps)
@@ -143,7 +147,10 @@ class CudaOps:
         """Launch what x still waits for."""
         if x.sum_of is not None:
             assert x.f32 is not None
-            add_experts(self, x.sum_of, x.f32)
+            if isinstance(x.sum_of, ExpertSum):
+                add_experts(self, x.sum_of, x.f32)
+            else:
+                x.sum_of.add(x.f32)
             x.sum_of = None
         norm, x.norm_of = x.norm_of, None
         if norm is not None:
@@ -258,24 +265,28 @@ class CudaOps:
         name = routing.selection_bias
         bias = None if name is None else self._tensor(name)
         matrix = self._tensor(router).view(-1, x.width)
-        ids, weights = self.router(self, x, matrix, routing, bias)
+        backend, names = self.experts_backend, (gate, up, down)
+        elsewhere = None
+        if isinstance(backend, OverlappedExperts) and backend.overlaps(names):
+            elsewhere = backend
+        signal = None
+        if elsewhere is not None and self.router.is_fused(self, matrix):
+            signal = elsewhere.signal(names)
+        ids, weights = self.router(self, x, matrix, routing, bias, signal)
         if residual is None:
             residual = Rows(torch.zeros((x.count, x.width), device="cuda"), x.width)
         self.settle(residual)
         assert residual.f32 is not None
-        backend, names = self.experts_backend, (gate, up, down)
-        if (
-            beside is not None
-            and isinstance(backend, OverlappedExperts)
-            and backend.overlaps(names)
-        ):
-            backend.ask(self, x, ids, weights, names)
-            added = beside(residual).f32
-            assert added is not None
-            return Rows(backend.take(self, added, names), x.width)
-        made = backend(self, x, residual.f32, ids, weights, names)
-        out = made if isinstance(made, Rows) else Rows(made, x.width)
-        return out if beside is None else beside(out)
+        if elsewhere is None:
+            made = backend(self, x, residual.f32, ids, weights, names)
+            out = made if isinstance(made, Rows) else Rows(made, x.width)
+            return out if beside is None else beside(out)
+        if signal is None:
+            elsewhere.ask(self, x, ids, weights, names)
+        if beside is not None:
+            residual = beside(residual)
+        assert residual.f32 is not None
+        return elsewhere.take(self, residual.f32, names)
 
     def silu_mul(self, gate: Rows, up: Rows) -> Rows:
         out = self.prepared(gate.count, gate.width, f32=True)

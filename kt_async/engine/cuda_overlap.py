@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
+from kt_async.engine.cuda_args import SignalArg
 from kt_async.engine.cuda_values import Rows
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class OverlappedExperts(Protocol):
     ) -> None:
         """Hand the layer's rows over; returns at once."""
 
-    def take(
-        self, ops: CudaOps, residual: torch.Tensor, names: tuple[str, str, str]
-    ) -> torch.Tensor:
-        """Wait; residual + sum of the experts' outputs, f32 [T, H]."""
+    def signal(self, names: tuple[str, str, str]) -> SignalArg:
+        """Where a router kernel that asks by itself, instead of ask, puts the rows."""
+
+    def take(self, ops: CudaOps, residual: torch.Tensor, names: tuple[str, str, str]) -> Rows:
+        """residual + sum of the experts' outputs, f32 [T, H]; may still wait (Rows.sum_of)."""

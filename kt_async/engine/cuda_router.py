@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kt_async.engine.cuda_args import GroupsArg, RouterInputArg, RouterOutputArg, RoutingArg
+from kt_async.engine.cuda_args import (
+    GroupsArg,
+    RouterInputArg,
+    RouterOutputArg,
+    RoutingArg,
+    SignalArg,
+)
 from kt_async.engine.cuda_values import ExpertSum, Rows, address, prepared_arg
 from kt_async.model.ops import Routing
 
@@ -54,6 +60,10 @@ class Router:
     groups: Groups | None = None
     _arrived: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
+    def is_fused(self, ops: CudaOps, weight: torch.Tensor) -> bool:
+        """Whether one kernel does everything."""
+        return ops.few and len(weight) <= _MAX_EXPERTS
+
     def __call__(
         self,
         ops: CudaOps,
@@ -61,15 +71,25 @@ class Router:
         weight: torch.Tensor,
         routing: Routing,
         selection_bias: torch.Tensor | None,
+        signal: SignalArg | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids int32 [T, K] and weights f32 [T, K]; x may be a norm that still waits."""
+        """Ids int32 [T, K] and weights f32 [T, K]; x may be a norm that still waits.
+
+        signal: the rows, ids and weights go there too (only where is_fused).
+        """
         rows, experts = x.count, len(weight)
         ids = torch.empty((rows, routing.top_k), dtype=torch.int32, device="cuda")
         weights = torch.empty((rows, routing.top_k), dtype=torch.float32, device="cuda")
         self.groups = None
         arg = _routing_arg(routing, experts, selection_bias)
-        if ops.few and experts <= _MAX_EXPERTS:
-            self._few(ops, x, weight, arg, ids, weights)
+        if self.is_fused(ops, weight):
+            made = RouterOutputArg(
+                ids=ids.data_ptr(), weights=weights.data_ptr(), signal=signal or SignalArg()
+            )
+            if signal is None and ids.numel() <= _MAX_PAIRS:
+                self.groups = Groups.room(ids, experts)
+                made.groups = self.groups.arg
+            self._few(ops, x, weight, arg, made)
         else:
             ops.settle(x)
             assert x.f32 is not None
@@ -90,14 +110,11 @@ class Router:
         x: Rows,
         weight: torch.Tensor,
         routing: RoutingArg,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
+        made: RouterOutputArg,
     ) -> None:
         rows, (experts, cols) = x.count, weight.shape
         if len(self._arrived) <= rows:
             self._arrived = torch.zeros(max(64, rows) + 1, dtype=torch.int32, device="cuda")
-        if rows > 1 and ids.numel() <= _MAX_PAIRS:  # the experts of one token all differ
-            self.groups = Groups.room(ids, experts)
         norm = x.norm_of
         source = x if norm is None else norm.x
         logits = torch.empty((rows, experts), dtype=torch.float32, device="cuda")
@@ -109,13 +126,7 @@ class Router:
             weight.data_ptr(),
             prepared_arg(x),
         )
-        made = RouterOutputArg(
-            logits.data_ptr(),
-            self._arrived.data_ptr(),
-            ids.data_ptr(),
-            weights.data_ptr(),
-            GroupsArg() if self.groups is None else self.groups.arg,
-        )
+        made.logits, made.arrived = logits.data_ptr(), self._arrived.data_ptr()
         grid = (-(-experts // (_THREADS // _WARP)), rows)
         ops.launch("router", grid, [given, routing, made], _THREADS, 4 * cols)
         x.norm_of = None

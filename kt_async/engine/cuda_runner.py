@@ -180,10 +180,7 @@ class CudaRunner:
         return logits
 
     def graph_seconds(self, rows: int, repeats: int = 20) -> float | None:
-        """GPU time of a decode step of the last shape, replayed without a host; for benchmarks.
-
-        None when a CPU takes part or no graph has these rows.
-        """
+        """GPU time of the last decode step, replayed without a host; None where it needs a CPU."""
         graph = self._graphs.get(rows)
         if graph is None or isinstance(self._decode_experts, HandoffExperts):
             return None
@@ -225,6 +222,8 @@ class CudaRunner:
         sizes = buckets(self._layout.max_rows)
         limits = self._limits
         scratch = None if self._ops.decode_attention else make_scratch()
+        if isinstance(self._decode_experts, HandoffExperts):
+            self._decode_experts.warm_up(self._ops, self._spec.hidden_size)
         for rows in reversed(sizes):  # the largest first: the others reuse its memory pool
             planner = None
             if scratch is not None:

@@ -48,6 +48,18 @@ class ExpertSum:
     residual: torch.Tensor
 
 
+class WaitingSum(Protocol):
+    """residual + the outputs of experts that somebody else computes: not waited for yet."""
+
+    def add(self, out: torch.Tensor) -> None:
+        """Wait on the current stream; the sum into out."""
+
+    def add_and_norm(
+        self, out: torch.Tensor, weight: torch.Tensor, eps: float, normed: Rows
+    ) -> None:
+        """The same, and the norm that follows."""
+
+
 @dataclass(slots=True)
 class Rows:
     """A [rows, width] value in the forms that somebody needed so far.
@@ -62,7 +74,7 @@ class Rows:
     scale: torch.Tensor | None = None
     sum16: torch.Tensor | None = None
     norm_of: NormOf | None = None
-    sum_of: ExpertSum | None = None
+    sum_of: ExpertSum | WaitingSum | None = None
 
     @property
     def count(self) -> int:

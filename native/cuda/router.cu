@@ -20,12 +20,21 @@ struct RouterInput {
   Prepared to;          // the normed x, for others
 };
 
+// Pinned memory of the CPU that computes the experts (native/src/device/handoff.h); x null: nobody.
+struct Signal {
+  float* x;        // [T, cols]
+  int* ids;        // [T, K]
+  float* weights;  // [T, K]
+  u32* flag;       // raised when all is there
+};
+
 struct RouterOutput {
   float* logits;   // [T, E]
   u32* arrived;    // [T + 1], zero between launches
   int* ids;        // [T, K]
   float* weights;  // [T, K]
   Groups groups;   // active null: nobody needs them
+  Signal signal;
 };
 
 struct Choosing {
@@ -138,7 +147,12 @@ __device__ __forceinline__ void choose_experts(const float* logits, const Routin
     if (lane < p.top_k) {
       const float mine = shared.score[shared.chosen[lane]];
       out.ids[token * p.top_k + lane] = shared.chosen[lane];
-      out.weights[token * p.top_k + lane] = (p.renormalise ? mine / sum : mine) * p.scale;
+      const float weight = (p.renormalise ? mine / sum : mine) * p.scale;
+      out.weights[token * p.top_k + lane] = weight;
+      if (out.signal.x != nullptr) {
+        out.signal.ids[token * p.top_k + lane] = shared.chosen[lane];
+        out.signal.weights[token * p.top_k + lane] = weight;
+      }
     }
   }
 }
@@ -250,10 +264,17 @@ extern "C" __global__ void __launch_bounds__(kRouterThreads)
     }
   }
   __syncthreads();
-  if (in.norm != nullptr) {
+  const bool signals = out.signal.x != nullptr;
+  if (in.norm != nullptr || signals) {
     const float* values = reinterpret_cast<const float*>(normed);
     for (int b = e; b < in.cols / kWarp; b += gridDim.x * kRouterWarps) {
-      store_prepared(in.to, token, in.cols, b * kWarp + lane, values[b * kWarp + lane]);
+      const float v = values[b * kWarp + lane];
+      if (in.norm != nullptr) {
+        store_prepared(in.to, token, in.cols, b * kWarp + lane, v);
+      }
+      if (signals) {
+        out.signal.x[token * in.cols + b * kWarp + lane] = v;
+      }
     }
   }
   float sum = 0.0f;
@@ -274,11 +295,27 @@ extern "C" __global__ void __launch_bounds__(kRouterThreads)
   if (lane == 0 && e < p.experts) {
     out.logits[token * p.experts + e] = sum;
   }
+  if (signals) {
+    __threadfence_system();
+  }
   if (!last_block(out.arrived + token, gridDim.x, &is_last)) {
     return;
   }
   choose_experts(out.logits + token * p.experts, p, token, out, shared.choosing);
-  if (out.groups.active == nullptr || !last_block(out.arrived + gridDim.y, gridDim.y, &is_last)) {
+  if (out.groups.active == nullptr && !signals) {
+    return;
+  }
+  if (signals) {
+    __threadfence_system();
+  }
+  if (!last_block(out.arrived + gridDim.y, gridDim.y, &is_last)) {
+    return;
+  }
+  if (signals && t == 0) {
+    __threadfence_system();
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(out.signal.flag), "r"(1u) : "memory");
+  }
+  if (out.groups.active == nullptr) {
     return;
   }
   group_block(out.ids, gridDim.y * p.top_k, p.experts, out.groups, shared.grouping);

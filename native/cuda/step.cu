@@ -340,12 +340,9 @@ extern "C" __global__ void handoff_signal(const float* x, const int* ids, const 
   }
 }
 
-// Waits for the layer's done flag (limit in clock ticks), then out = residual + the CPU's result.
-// done: 1 = ready, 2 = the CPU failed. A time-out sets *error; the graph always ends.
-extern "C" __global__ void handoff_wait(const float* host_out, const float* residual, int num,
-                                        u32* done, u32* left, u32* error, i64 limit, float* out) {
-  release_next();
-  wait_for_previous();
+// Waits for a layer's done flag, at most `limit` clock ticks: 1 = ready, 2 = the CPU failed, 3 = it
+// did not answer. All but 1 are left in *error; the graph always ends. The whole block.
+__device__ __forceinline__ u32 await_done(u32* done, u32* error, i64 limit) {
   __shared__ u32 state;
   if (threadIdx.x == 0) {
     const i64 begin = clock64();
@@ -366,6 +363,24 @@ extern "C" __global__ void handoff_wait(const float* host_out, const float* resi
     state = value;
   }
   __syncthreads();
+  return state;
+}
+
+// The last block to leave takes the flag down.
+__device__ __forceinline__ void leave_done(u32* done, u32* left) {
+  __syncthreads();
+  if (threadIdx.x == 0 && (gridDim.x == 1 || atomicAdd(left, 1u) == gridDim.x - 1)) {
+    *left = 0;
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(done), "r"(0u) : "memory");
+  }
+}
+
+// Waits for the CPU, then out = residual + its result.
+extern "C" __global__ void handoff_wait(const float* host_out, const float* residual, int num,
+                                        u32* done, u32* left, u32* error, i64 limit, float* out) {
+  release_next();
+  wait_for_previous();
+  const u32 state = await_done(done, error, limit);
   const int first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
   for (int i = first; i < num / 4; i += step) {
     float4 v = reinterpret_cast<const float4*>(residual)[i];
@@ -378,11 +393,38 @@ extern "C" __global__ void handoff_wait(const float* host_out, const float* resi
     }
     reinterpret_cast<float4*>(out)[i] = v;
   }
-  __syncthreads();
-  if (threadIdx.x == 0 && (gridDim.x == 1 || atomicAdd(left, 1u) == gridDim.x - 1)) {
-    *left = 0;
-    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(done), "r"(0u) : "memory");
+  leave_done(done, left);
+}
+
+// The same, and y = out / rms(out) * norm; one block per row; dynamic shared memory: cols floats.
+extern "C" __global__ void __launch_bounds__(1024)
+    handoff_wait_norm(const float* host_out, const float* residual, int cols, u32* done, u32* left,
+                      u32* error, i64 limit, float* out, const float* norm, float eps,
+                      Prepared to) {
+  extern __shared__ float total[];
+  release_next();
+  wait_for_previous();
+  const i64 row = blockIdx.x;
+  for (int c = threadIdx.x; c < cols; c += blockDim.x) {
+    total[c] = residual[row * cols + c];
   }
+  const u32 state = await_done(done, error, limit);
+  float squares = 0.0f;
+#pragma unroll 4
+  for (int c = threadIdx.x; c < cols; c += blockDim.x) {
+    float v = total[c];
+    if (state == 1) {
+      v += __ldcv(host_out + row * cols + c);
+    }
+    out[row * cols + c] = v;
+    total[c] = v;
+    squares += v * v;
+  }
+  const float factor = rsqrtf(block_sum(squares) / cols + eps);
+  for (int c = threadIdx.x; c < cols; c += blockDim.x) {
+    store_prepared(to, row, cols, c, total[c] * factor * norm[c]);
+  }
+  leave_done(done, left);
 }
 
 // ---- embedding and row gathering ----

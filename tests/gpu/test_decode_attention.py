@@ -158,3 +158,5 @@ def test_attention_is_torchs_and_does_not_depend_on_other_rows(
             assert torch.equal(getattr(alone, form)[0], getattr(together, form)[row])
     reverse = case.run(list(reversed(range(len(LENGTHS)))))
     assert torch.equal(reverse.f32.flip(0), together.f32)
+    many = case.run(list(range(len(LENGTHS))) * 6)  # more rows than a warp looks at once
+    assert torch.equal(many.f32, together.f32.repeat(6, 1))

@@ -162,13 +162,21 @@ def test_experts_that_fail_end_the_step(launch: Any, mechanism: str) -> None:
         experts.close()
 
 
-def test_mixed_placement_gives_the_text_of_one_side(checkpoint: Path) -> None:
-    """Expert layers in VRAM and on the CPU differ in rounding only."""
-    whole = generate(checkpoint, experts_in_vram=True)
+def test_mixed_placement_gives_the_logits_of_one_side(checkpoint: Path) -> None:
+    """Expert layers in VRAM and on the CPU differ in rounding only: near ties may fall otherwise."""
+
+    def logits(**options: Any) -> Any:
+        made = engine(checkpoint, **options)
+        try:
+            return log_softmax(made.prompt_logits(prompt(60)))
+        finally:
+            made.close()
+
+    whole = logits(experts_in_vram=True)
     for layers in ((0,), (1, 2), (0, 1, 2)):
-        mixed = generate(checkpoint, vram_layers=layers)
-        assert [text[0] for text in mixed] == [text[0] for text in whole]
-    assert generate(checkpoint, vram_layers=(0, 1, 2)) == whole
+        assert mean_kl(whole, logits(vram_layers=layers)) <= 5e-3
+    text = generate(checkpoint, experts_in_vram=True)
+    assert generate(checkpoint, vram_layers=(0, 1, 2)) == text
 
 
 @pytest.mark.parametrize("layers", [(), (1,), (0, 1, 2)])
@@ -196,7 +204,7 @@ def test_shared_experts_run_while_the_cpu_computes(
     monkeypatch.setattr(Kernels, "launch", record)
     ours = generate(shared_checkpoint)
     between: Sequence[str] = ()
-    at = len(launched) - 1 - launched[::-1].index("handoff_signal")
-    between = launched[at + 1 : launched.index("handoff_wait", at)]
+    at = len(launched) - 1 - launched[::-1].index("router")  # which asks the CPU
+    between = launched[at + 1 : launched.index("handoff_wait_norm", at)]
     assert any(name.startswith("multiply") for name in between), between
     assert [t[0] for t in ours] == [t[0] for t in generate(shared_checkpoint, use_graphs=False)]
