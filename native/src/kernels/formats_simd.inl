@@ -34,6 +34,7 @@ struct Traits {
   static constexpr bool kMin = kHasMin;
   static constexpr int kMax = kLargest;
   static constexpr int kOffset = kAdded;
+  static constexpr bool kPasses = V::kPasses;
 };
 using Unsigned2 = Traits<true, true, 3, 0>;
 using Offset3 = Traits<true, false, 7, 4>;
@@ -181,7 +182,8 @@ struct IQ4_XS : Signed8 {
   V::F min(int) const { return V::zero(); }
 };
 
-struct MXFP4 : Offset5 {  // values -12..12 stored as 4..28
+struct MXFP4 : Offset5 {                  // values -12..12 stored as 4..28
+  static constexpr bool kPasses = false;  // with the table and 8 rows the registers do not suffice
   static constexpr int kStep = block_step(kMXFP4);
   const uint8_t* tile;
   const uint8_t* e;
@@ -347,8 +349,8 @@ struct Q6_K : Offset6 {
   V::F min(int) const { return V::zero(); }
 };
 
-// A tile decoded to memory: the source for more than V::kMaxM rows, and the only one for types
-// without their own class.
+// A tile decoded to memory: the source for more than V::kMaxM rows of formats without kPasses, and
+// the only one for types without their own class.
 struct alignas(64) DecodedTile {
   uint8_t lines[64][64];  // as pair() gives them
   float scale[16][16];    // [group][row]

@@ -10,7 +10,7 @@
 //   total  = fma(fma(float(dot1), s1, float(dot0) * s0), scale_x, total)   16-column scales
 //   total  = fma(-min_w, sum_x, total)                                     types with a min
 // Up to V::kMaxM activation rows stay in registers and the weights are decoded in registers too;
-// for more rows a tile is decoded once to a Decoded block in L1 and reused.
+// for more rows this is repeated, or a tile is decoded once to L1 and reused (Format::kPasses).
 
 // ---- activations ----
 
@@ -202,12 +202,12 @@ inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int
 #include "kernels/band_job.inl"
 
 template <class Format, int M>
-__attribute__((noinline)) void few_rows(const BandJob& job) {
+__attribute__((noinline)) void few_rows(const BandJob& job, int32_t first) {
   const ActLayout at = act_layout(job.w->cols);
   const int64_t step = tile_bytes(job.w->type);
   const uint8_t* tiles = job.band + band_header(job.w->type, job.w->cols);
   const uint8_t* x[M];
-  gather_rows<M>(job, 0, job.m, x);
+  gather_rows<M>(job, first, M, x);
   V::F total[16 / V::kRows][M];
   for (int half = 0; half < 16 / V::kRows; ++half) {
 #pragma GCC unroll 16
@@ -219,109 +219,92 @@ __attribute__((noinline)) void few_rows(const BandJob& job) {
     for (int half = 0; half < 16 / V::kRows; ++half) {
       const int nb = job.tile_blocks(tile);
       const Format format(tiles + tile * step, job.band + tile * 32, nb, half);
-      const uint8_t* ahead = half == 0 ? job.ahead(tile, step) : nullptr;
+      // The band is in the caches when its second half or further rows are multiplied.
+      const uint8_t* ahead = half == 0 && first == 0 ? job.ahead(tile, step) : nullptr;
       add_tile<M>(format, nb, 8 * tile, x, at, ahead, total[half]);
     }
   }
   for (int half = 0; half < 16 / V::kRows; ++half) {
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      if (i < job.m) {
-        V::store_f(job.out + i * job.out_stride + half * 8, total[half][i]);
-      }
+      V::store_f(job.out + (first + i) * job.out_stride + half * 8, total[half][i]);
     }
   }
 }
 
-// Adds one decoded tile to rows [first, first + count); totals live in `out`.
+// Calls body(integral constant M) for M = count, 1 <= count <= kMost.
+template <int M>
+struct Count {
+  static constexpr int kValue = M;
+};
+template <int kMost, class Body>
+inline __attribute__((always_inline)) void with_count(int32_t count, Body&& body) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) {
+      return with_count<kMost - 1>(count, body);
+    }
+  }
+  body(Count<kMost>{});
+}
+
+// Calls body(Count<M>, first row) for all rows of a job in groups of at most kMost and of nearly
+// equal size: a group of one row costs half as much as one of four.
+template <int kMost, class Body>
+inline __attribute__((always_inline)) void for_groups(int32_t num_rows, Body&& body) {
+  int32_t groups = (num_rows + kMost - 1) / kMost;
+  for (int32_t first = 0; first < num_rows; --groups) {
+    const int32_t count = (num_rows - first + groups - 1) / groups;
+    with_count<kMost>(count, [&](auto m) { body(m, first); });
+    first += count;
+  }
+}
+
+// Adds one decoded tile to M rows from `first` on; totals live in `out`.
 template <class T, int M>
 __attribute__((noinline)) void add_decoded(const BandJob& job, const DecodedTile& decoded,
-                                           int32_t tile, int32_t first, int32_t count) {
+                                           int32_t tile, int32_t first) {
   const ActLayout at = act_layout(job.w->cols);
   const uint8_t* x[M];
-  gather_rows<M>(job, first, count, x);
+  gather_rows<M>(job, first, M, x);
   for (int half = 0; half < 16 / V::kRows; ++half) {
     const FromMemory<T> format(decoded, half);
     float* out = job.out + first * job.out_stride + half * 8;
     V::F total[M];
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      total[i] = tile == 0 || i >= count ? V::zero() : V::load_f(out + i * job.out_stride);
+      total[i] = tile == 0 ? V::zero() : V::load_f(out + i * job.out_stride);
     }
     add_tile<M>(format, job.tile_blocks(tile), 8 * tile, x, at, nullptr, total);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      if (i < count) {
-        V::store_f(out + i * job.out_stride, total[i]);
-      }
+      V::store_f(out + i * job.out_stride, total[i]);
     }
   }
 }
 
 template <class T>
 void add_decoded_rows(const BandJob& job, const DecodedTile& decoded, int32_t tile) {
-  for (int32_t first = 0; first < job.m;) {
-    const int32_t left = job.m - first;
-    const int32_t count = left < V::kMaxM ? left : V::kMaxM;
-    if (V::kMaxM > 6 && count > 6) {
-      add_decoded<T, V::kMaxM>(job, decoded, tile, first, count);
-    } else if (V::kMaxM > 4 && count > 4) {
-      constexpr int kSix = V::kMaxM < 6 ? V::kMaxM : 6;
-      add_decoded<T, kSix>(job, decoded, tile, first, count);
-    } else if (count > 2) {
-      add_decoded<T, 4>(job, decoded, tile, first, count);
-    } else if (count == 2) {
-      add_decoded<T, 2>(job, decoded, tile, first, count);
-    } else {
-      add_decoded<T, 1>(job, decoded, tile, first, count);
-    }
-    first += count;
-  }
-}
-
-template <class Format>
-bool multiply_few(const BandJob& job) {
-  switch (job.m) {
-    case 1:
-      few_rows<Format, 1>(job);
-      return true;
-    case 2:
-      few_rows<Format, 2>(job);
-      return true;
-    case 3:
-      few_rows<Format, 3>(job);
-      return true;
-    case 4:
-      few_rows<Format, 4>(job);
-      return true;
-    default:
-      break;
-  }
-  if constexpr (V::kMaxM >= 8) {
-    if (job.m <= 6) {
-      few_rows<Format, 6>(job);
-      return true;
-    }
-    if (job.m <= 8) {
-      few_rows<Format, 8>(job);
-      return true;
-    }
-  }
-  return false;
+  for_groups<V::kMaxM>(job.m, [&](auto m, int32_t first) {
+    add_decoded<T, decltype(m)::kValue>(job, decoded, tile, first);
+  });
 }
 
 template <class Format, class T>
 void multiply_format(const BandJob& job) {
-  if (multiply_few<Format>(job)) {
+  if (Format::kPasses || job.m <= V::kMaxM) {
+    for_groups<V::kMaxM>(
+        job.m, [&](auto m, int32_t first) { few_rows<Format, decltype(m)::kValue>(job, first); });
     return;
   }
-  auto* decoded = static_cast<DecodedTile*>(job.scratch);
-  const int64_t step = tile_bytes(job.w->type);
-  const uint8_t* tiles = job.band + band_header(job.w->type, job.w->cols);
-  for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
-    decode_to_memory<Format>(tiles + tile * step, job.band + tile * 32, job.tile_blocks(tile),
-                             decoded, job.ahead(tile, step));
-    add_decoded_rows<T>(job, *decoded, tile);
+  if constexpr (!Format::kPasses) {
+    auto* decoded = static_cast<DecodedTile*>(job.scratch);
+    const int64_t step = tile_bytes(job.w->type);
+    const uint8_t* tiles = job.band + band_header(job.w->type, job.w->cols);
+    for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
+      decode_to_memory<Format>(tiles + tile * step, job.band + tile * 32, job.tile_blocks(tile),
+                               decoded, job.ahead(tile, step));
+      add_decoded_rows<T>(job, *decoded, tile);
+    }
   }
 }
 
@@ -398,9 +381,9 @@ inline __attribute__((always_inline)) const uint8_t* add_pairs(const uint8_t* p,
 }
 
 template <class Pairs, int M>
-__attribute__((noinline)) void float_rows(const BandJob& job, int32_t first, int32_t count) {
+__attribute__((noinline)) void float_rows(const BandJob& job, int32_t first) {
   const uint8_t* x[M];
-  gather_rows<M>(job, first, count, x);
+  gather_rows<M>(job, first, M, x);
   const int64_t num_pairs = job.w->cols / 2;
   const int64_t distance = kAhead / Pairs::kBytes < num_pairs ? kAhead / Pairs::kBytes : num_pairs;
   for (int half = 0; half < 16 / V::kRows; ++half) {
@@ -425,29 +408,15 @@ __attribute__((noinline)) void float_rows(const BandJob& job, int32_t first, int
     }
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      if (i < count) {
-        V::store_f(job.out + (first + i) * job.out_stride + half * 8, V::add(even[i], odd[i]));
-      }
+      V::store_f(job.out + (first + i) * job.out_stride + half * 8, V::add(even[i], odd[i]));
     }
   }
 }
 
 template <class Pairs>
 void multiply_float(const BandJob& job) {
-  for (int32_t first = 0; first < job.m;) {
-    const int32_t left = job.m - first;
-    const int32_t count = left < V::kMaxFloatM ? left : V::kMaxFloatM;
-    if (V::kMaxFloatM > 4 && count > 4) {
-      float_rows<Pairs, V::kMaxFloatM>(job, first, count);
-    } else if (count > 2) {
-      float_rows<Pairs, 4>(job, first, count);
-    } else if (count == 2) {
-      float_rows<Pairs, 2>(job, first, count);
-    } else {
-      float_rows<Pairs, 1>(job, first, count);
-    }
-    first += count;
-  }
+  for_groups<V::kMaxFloatM>(
+      job.m, [&](auto m, int32_t first) { float_rows<Pairs, decltype(m)::kValue>(job, first); });
 }
 
 void multiply_job(const BandJob& job) {
