@@ -209,7 +209,8 @@ class CudaRunner:
             if not (part.is_decode and self._ops.decode_attention):
                 attend = self.prefill_planner.plan(b.pages(*part.rows, on_host=False))
             experts = self._prefill_experts
-            with around_step(experts, part.tokens[1] - part.tokens[0]):
+            rows = part.tokens[1] - part.tokens[0]
+            with around_step(experts, rows, is_decode=part.is_decode):
                 step = self._forward.step(part, attend)
                 self._logits = self._forward.run(step, part, experts)
                 self._forward.read_back()
@@ -254,7 +255,7 @@ class CudaRunner:
                 if isinstance(self._decode_experts, HandoffExperts)
                 else self._decode_experts
             )
-            with around_step(warm, rows):
+            with around_step(warm, rows, is_decode=True):
                 self._forward.run(step, part, warm)
                 self._stream.synchronize()
             graph = torch.cuda.CUDAGraph(keep_graph=True)

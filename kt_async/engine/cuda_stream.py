@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from kt_async.engine.cuda_copies import ExpertCopies, HostBuffers
-from kt_async.engine.cuda_experts import Names, VramExperts, gemv
+from kt_async.engine.cuda_experts import Names, VramExperts
 from kt_async.engine.cuda_grouped import (
     HostPart,
     grouped_multiply,
@@ -56,6 +56,7 @@ class StreamedExperts:
     _thread: ThreadPoolExecutor = field(init=False)
     _running: Future[None] | None = None  # the CPU's part of the last layer
     _use_cpu: bool = True
+    _use_gpu: bool = True
     _tokens: int = 0
     _ahead_of: dict[LayerRates, int] = field(default_factory=dict)  # in this step, by kind
     _ahead: dict[int, int] = field(default_factory=dict)  # layer -> experts copied ahead
@@ -65,27 +66,29 @@ class StreamedExperts:
         self._thread = ThreadPoolExecutor(1, "kt-experts", lambda: _move_to(self._core()))
 
     @contextmanager
-    def step(self, rows: int) -> Iterator[None]:
+    def step(self, rows: int, *, use_gpu: bool = True) -> Iterator[None]:
         """Around a forward and the wait for its stream. Raises what failed on the CPU.
 
         This thread and the one that runs the CPU's experts stay on the core without a worker: one
         that has to share its core is late, and all others wait for it.
         """
+        self._use_gpu = use_gpu
         before = _move_to(self._core())
         try:
-            self.begin_step(rows)
+            self.begin_step(rows, use_gpu=use_gpu)
             yield
             self._end_step()
         finally:
             os.sched_setaffinity(0, before)
 
-    def begin_step(self, rows: int, *, use_cpu: bool = True) -> None:
+    def begin_step(self, rows: int, *, use_cpu: bool = True, use_gpu: bool = True) -> None:
         """Called before a forward: forgets copies of the last step and starts the first ones.
 
         use_cpu: False while the CPU belongs to others: every expert that the GPU can read is
-        streamed, and the host never waits for the GPU.
+        streamed, and the host never waits for the GPU. use_gpu: False for generated tokens, which
+        the CPU multiplies as in the graphs, with company or without.
         """
-        self._use_cpu = use_cpu
+        self._use_cpu, self._use_gpu = use_cpu, use_gpu
         self._ahead.clear()
         self._ahead_of.clear()
         self._copied.clear()
@@ -105,7 +108,8 @@ class StreamedExperts:
 
     def _core(self) -> int:
         """Of the threads that drive the GPU while the CPU computes; -1 = any."""
-        return self.cpu.caller_cpu if self.copies is not None else -1
+        shares = self._use_gpu and self.copies is not None
+        return self.cpu.caller_cpu if shares else -1
 
     def __call__(
         self,
@@ -124,7 +128,8 @@ class StreamedExperts:
         return self._share(ops, x, residual, ids, weights, layer)
 
     def _streams_all(self) -> bool:
-        return self.copies is not None and (self.rates is None or not self._use_cpu)
+        wanted = self._use_gpu and (self.rates is None or not self._use_cpu)
+        return wanted and self.copies is not None
 
     def _stream_all(
         self,
@@ -139,9 +144,7 @@ class StreamedExperts:
         assert copies is not None
         self._copy_ahead(layer + 1)
         torch.cuda.current_stream().wait_event(self._copied[layer])
-        matrices = copies.matrices(layer)
-        multiply: Callable[..., torch.Tensor | Rows] = gemv if ops.few else grouped_multiply
-        out = multiply(ops, x, residual, ids, weights, matrices)
+        out = grouped_multiply(ops, x, residual, ids, weights, copies.matrices(layer))
         copies.release(layer)
         return out
 
@@ -160,7 +163,7 @@ class StreamedExperts:
         host_ids = self.host.ids[: len(ids)].numpy()
         streamed = self._choose(layer, host_ids)
         # On the CPU too, the arithmetic belongs to the token: prompt tokens in bf16 where it is fast.
-        is_prompt = None if ops.few else np.ones(len(ids), np.uint8)
+        is_prompt = np.ones(len(ids), np.uint8) if self._use_gpu else None
         self._start_cpu(layer, host_ids, streamed, is_prompt, rows_known)
         self.host.gpu_computes.numpy()[:] = streamed
         part = HostPart(self.host.gpu_computes, self.host.out)
@@ -169,14 +172,7 @@ class StreamedExperts:
         if streamed.any():
             copies = self._copy_rest(layer, streamed)
             matrices = copies.matrices(layer)
-            if ops.few:
-                mine = torch.where(by_expert.position.view_as(ids) >= 0, ids, -1)
-                few = gemv(ops, x, residual, mine, weights, matrices)
-                ops.settle(few)
-                assert few.f32 is not None
-                residual = few.f32
-            else:
-                y = multiply_rows(ops, x, by_expert, ids.shape[1], matrices)
+            y = multiply_rows(ops, x, by_expert, ids.shape[1], matrices)
             copies.release(layer)
         if self._running is not None:
             flags = self.host.flags.data_ptr()
@@ -200,7 +196,7 @@ class StreamedExperts:
 
     def _choose(self, layer: int, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """bool [E]: the experts that the GPU computes."""
-        if self.copies is None or self.rates is None:
+        if self.copies is None or self.rates is None or not self._use_gpu:
             return np.zeros(self.num_experts, np.bool_)
         counts = np.bincount(ids[ids >= 0], minlength=self.num_experts)
         return self.rates.choose(layer, self._tokens, counts, self._ahead.get(layer, 0))
@@ -217,7 +213,7 @@ class StreamedExperts:
 
     def _copy_ahead(self, layer: int) -> None:
         copies = self.copies
-        if copies is None or layer >= len(self.layer_of):
+        if copies is None or not self._use_gpu or layer >= len(self.layer_of):
             return
         count = self.num_experts
         if not self._streams_all():
@@ -286,9 +282,13 @@ class StreamedExperts:
             running.result()
 
 
-def around_step(experts: RoutedExperts, rows: int) -> AbstractContextManager[None]:
+def around_step(
+    experts: RoutedExperts, rows: int, *, is_decode: bool
+) -> AbstractContextManager[None]:
     """What a backend wants around an eager forward and the wait for its stream."""
-    return experts.step(rows) if isinstance(experts, StreamedExperts) else nullcontext()
+    if isinstance(experts, StreamedExperts):
+        return experts.step(rows, use_gpu=not is_decode)
+    return nullcontext()
 
 
 def _move_to(core: int) -> set[int]:

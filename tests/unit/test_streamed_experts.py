@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 from kt_async.engine.cuda_copies import ExpertCopies, HostBuffers  # noqa: E402
 from kt_async.engine.cuda_experts import VramExperts  # noqa: E402
 from kt_async.engine.cuda_stream import StreamedExperts, around_step  # noqa: E402
+from kt_async.engine.expert_split import LayerRates, SplitRates  # noqa: E402
 from kt_async.errors import EngineError, NativeError  # noqa: E402
 from kt_async.ffi.handoff import ExpertSet  # noqa: E402
 
@@ -118,10 +119,23 @@ def test_threads_stay_on_the_core_without_a_worker_during_a_step_only() -> None:
 def test_without_copies_the_cpu_has_all_its_cores() -> None:
     fake = FakeSet()
     made, before = experts(fake, copies=False), os.sched_getaffinity(0)
-    with around_step(made, TOKENS):
+    with around_step(made, TOKENS, is_decode=False):
         assert os.sched_getaffinity(0) == before
         start(made, [False] * EXPERTS)
     assert fake.spared == [0, 0]
+    made.close()
+
+
+def test_generated_tokens_stay_on_the_cpu() -> None:
+    fake = FakeSet()
+    made, before = experts(fake), os.sched_getaffinity(0)
+    made.rates = SplitRates([LayerRates(1e-9, (1,), (1.0,))], (0.0, 0.0), (0.0, 0.0), overlap=True)
+    ids = np.array([[0, 1]], np.int32)
+    with around_step(made, 1, is_decode=True):
+        assert os.sched_getaffinity(0) == before
+        assert not made._choose(0, ids).any()
+    with around_step(made, 1, is_decode=False):
+        assert made._choose(0, ids)[:2].all()
     made.close()
 
 
