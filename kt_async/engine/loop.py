@@ -67,10 +67,12 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the current step and wait for the thread. [any but engine]"""
+        """End after the current step, wait for the thread, let go of the model. [any but engine]"""
         self._stopping = True
         self._scheduler.wake()
         self._thread.join()
+        # A traceback of the failure, in a log or a debugger, may keep this object.
+        del self._scheduler, self._runner, self._lane, self._block, self._samples
 
     def _main(self) -> None:
         try:

@@ -7,6 +7,7 @@ native scheduler; each step's events come back through one call_soon_threadsafe.
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -143,10 +144,11 @@ class EngineService:
     def _adopt(self, scheduler: Scheduler, runner: Runner) -> None:
         self._scheduler: Scheduler | None = scheduler
         self._runner: Runner | None = runner
-        self._engine = EngineLoop(scheduler, runner, self._from_engine)
+        self._engine: EngineLoop | None = EngineLoop(scheduler, runner, self._from_engine)
         self._started_ns = time.monotonic_ns()
 
     def start(self) -> None:
+        assert self._engine is not None, "started after it was closed"
         self._engine.start()
 
     async def wait_failure(self) -> str:
@@ -156,13 +158,13 @@ class EngineService:
 
     def busy_s(self) -> float:
         """How long the engine's step in progress has taken so far; 0 when it waits for work."""
-        begin = self._engine.busy_since_ns
+        begin = 0 if self._engine is None else self._engine.busy_since_ns
         return (time.monotonic_ns() - begin) * 1e-9 if begin else 0.0
 
     def abandon(self, message: str) -> None:
         """Give up an engine whose thread does not come back: fail all requests, free nothing."""
         self._last_stats = self.stats()
-        self._scheduler = self._runner = None
+        self._scheduler = self._runner = self._engine = None
         self._fail_all(message)
 
     async def restart(self, load: Callable[[], tuple[Scheduler, Runner]]) -> None:
@@ -171,8 +173,9 @@ class EngineService:
         load runs in a thread; what it raises leaves the service failed and without an engine.
         """
         self._last_stats = self.stats()
-        free = self._detach()
-        await asyncio.to_thread(free)
+        # Nothing here may keep the old engine: the GPU has no room for two.
+        await asyncio.to_thread(self._detach())
+        await asyncio.to_thread(gc.collect)
         scheduler, runner = await asyncio.to_thread(load)
         self._adopt(scheduler, runner)
         self._failure = None
@@ -214,7 +217,7 @@ class EngineService:
             self._scheduler.cancel(seq_id)
 
     def stats(self) -> Mapping[str, float]:
-        if self._scheduler is None or self._runner is None:
+        if self._scheduler is None or self._runner is None or self._engine is None:
             return self._last_stats
         values: dict[str, float] = dict(self._scheduler.stats())
         values.update({f"runner_{k}": v for k, v in self._runner.stats().items()})
@@ -232,10 +235,11 @@ class EngineService:
     def _detach(self) -> Callable[[], None]:
         """Forget the engine, so that no call reaches it any more; the result frees it."""
         engine, scheduler, runner = self._engine, self._scheduler, self._runner
-        self._scheduler = self._runner = None
+        self._scheduler = self._runner = self._engine = None
 
         def free() -> None:
-            if scheduler is not None and runner is not None:  # else a restart has failed
+            # None: a restart has failed, or the engine was abandoned.
+            if engine is not None and scheduler is not None and runner is not None:
                 engine.stop()
                 scheduler.close()
                 runner.close()

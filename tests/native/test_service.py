@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 
 import numpy as np
@@ -54,23 +55,28 @@ class FakeRunner:
         self.is_closed = True
 
 
+def make_scheduler() -> Scheduler:
+    """One row, small pages."""
+    return Scheduler(
+        structs.sized(
+            structs.SchedConfig,
+            max_batch_size=1,
+            chunk_size=16,
+            page_size=4,
+            num_pages=64,
+            max_len=64,
+            max_queue=MAX_QUEUE,
+            max_samples=33,
+            watermark_pages=-1,
+        )
+    )
+
+
 class Engine:
     """A started service and its fake runner."""
 
     def __init__(self) -> None:
-        scheduler = Scheduler(
-            structs.sized(
-                structs.SchedConfig,
-                max_batch_size=1,
-                chunk_size=16,
-                page_size=4,
-                num_pages=64,
-                max_len=64,
-                max_queue=MAX_QUEUE,
-                max_samples=33,
-                watermark_pages=-1,
-            )
-        )
+        scheduler = make_scheduler()
         self.runner = FakeRunner(scheduler.layout.max_samples)
         self.service = EngineService(scheduler, self.runner, EngineInfo("fake", "none", 64, 512, 0))
         self.service.start()
@@ -193,6 +199,7 @@ def no_load() -> tuple[Scheduler, FakeRunner]:
 async def test_an_engine_that_hangs_fails_everybody() -> None:
     engine = Engine()
     loop, scheduler = engine.service._engine, engine.service._scheduler
+    assert loop is not None
     engine.runner.gate.clear()
     generation = engine.submit()
     with pytest.raises(EngineStuckError, match=r"a step has not ended after 0\.05 s"):
@@ -205,6 +212,36 @@ async def test_an_engine_that_hangs_fails_everybody() -> None:
     await asyncio.to_thread(loop.stop)
     assert scheduler is not None
     scheduler.close()
+
+
+async def test_a_restart_keeps_nothing_of_the_old_engine(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A GPU has no room for two models; caplog keeps the traceback, as a debugger would."""
+    engine = Engine()
+    old = weakref.ref(engine.runner)
+
+    def broken(*args: object) -> None:
+        raise NativeError(structs.KT_ERR_INTERNAL, "x")
+
+    engine.runner.run = broken  # type: ignore[method-assign]
+    assert (await outputs(engine.submit()))[-1].finish_reason == "error"
+    service = engine.service
+    del engine
+    alive_at_load: list[bool] = []
+
+    def load() -> tuple[Scheduler, FakeRunner]:
+        alive_at_load.append(old() is not None)
+        scheduler = make_scheduler()
+        return scheduler, FakeRunner(scheduler.layout.max_samples)
+
+    await service.restart(load)
+    assert alive_at_load == [False]
+    assert service.healthy
+    request = GenerationRequest("r", range(5), 4, SamplingParams())
+    assert (await outputs(service.submit(request)))[-1].finish_reason == "length"
+    await asyncio.to_thread(service.close)
+    assert caplog.records
 
 
 async def test_an_idle_engine_does_not_hang(engine: Engine) -> None:
