@@ -171,6 +171,40 @@ void layers(const Pool& pool, int32_t isa, int32_t up_type, int32_t down_type) {
   check(kt_expert_set_destroy(set), "kt_expert_set_destroy");
 }
 
+// So many experts that the last bands of the down matrix are cut into segments, which different
+// workers compute: the same bits as from one worker.
+void segments(int32_t isa) {
+  constexpr int32_t kExperts = 40, kHidden = 320, kInner = 64, kTopK = 8, kTokens = 9;
+  Random random(7);
+  const Tensor gate = driver::random_tensor(random, kF32, kExperts, kInner, kHidden, 0.25f);
+  const Tensor up = driver::random_tensor(random, kF32, kExperts, kInner, kHidden, 0.25f);
+  const Tensor down = driver::random_tensor(random, kF32, kExperts, kHidden, kInner, 0.25f);
+  const std::vector<float> x = driver::uniform(random, int64_t{kTokens} * kHidden);
+  const std::vector<float> weights = driver::uniform(random, int64_t{kTokens} * kTopK);
+  std::vector<int32_t> ids;
+  for (int32_t t = 0; t < kTokens; ++t) {
+    const int32_t first = random.below(kExperts);
+    for (int32_t k = 0; k < kTopK; ++k) {
+      ids.push_back((first + 3 * k) % kExperts);
+    }
+  }
+  std::vector<float> expected;
+  for (const int32_t threads : {1, kThreads}) {
+    const Pool pool(threads, isa);
+    const Matrix packed[3] = {{pool, gate}, {pool, up}, {pool, down}};
+    for (int round = 0; round < 20; ++round) {
+      std::vector<float> out(x.size());
+      check(kt_experts_multiply(packed[0].get(), packed[1].get(), packed[2].get(), x.data(),
+                                ids.data(), weights.data(), kTokens, kTopK, out.data(), nullptr),
+            "kt_experts_multiply");
+      if (expected.empty()) {
+        expected = out;
+      }
+      expect(out == expected, "segments of isa " + std::to_string(isa) + ": other bits");
+    }
+  }
+}
+
 // What must be refused with a message, and leave everything usable.
 void refusals(const Pool& pool) {
   Random random(99);
@@ -217,6 +251,7 @@ int main(int argc, char** argv) {
       layers(pool, isa, kBF16, kF16);
       layers(pool, isa, kQ4_0, kQ4_K);
     }
+    segments(isa);
     refusals(Pool(2, isa));
   }
   return driver::result();
