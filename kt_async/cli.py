@@ -402,7 +402,10 @@ def flag_table() -> str:
         )
         unit = f" [{option.unit}]" if option.unit else ""
         choices = (
-            f" One of {', '.join(f'`{c}`' for c in option.choices)}." if option.choices else ""
+            f" One of {', '.join(f'`{c}`' for c in option.choices)}"
+            f"{'.' if option.low is None else ', or a number.'}"
+            if option.choices
+            else ""
         )
         spelling = f"--no-{name}" if kind is bool and default_of(name) is True else f"--{name}"
         differs = f" (KTransformers: {option.published})" if option.published else ""

@@ -282,6 +282,7 @@ class Config:
         "rule file decides instead",
         unit="GB",
         choices=("auto", "all"),
+        metavar="auto|all|GB",
         low=0,
         high=1e6,
         auto="as many layers as fit",
