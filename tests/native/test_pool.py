@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -125,3 +126,22 @@ def test_two_callers_take_turns() -> None:
             thread.join()
         assert len(rates) == 15
         assert all(rate > 0 for rate in rates)
+
+
+def test_a_caller_on_a_workers_core_moves_away() -> None:
+    """A pinned worker cannot; on one core both wait for each other at every barrier."""
+    libc = ctypes.CDLL(None)
+    everywhere = os.sched_getaffinity(0)
+    with Pool(2) as pool:
+        own = pool.caller_cpu()
+        others = {int(cpu) for cpu in re.findall(r"any (\d+)", pool.describe())}
+        if own < 0 or not others or not others | {own} <= everywhere:
+            pytest.skip("needs two cores to pin to")
+        stayed = 0
+        for _ in range(20):
+            os.sched_setaffinity(0, others)
+            os.sched_setaffinity(0, everywhere)  # still there, and free to go
+            pool.read_bandwidth(1 << 16, passes=1)
+            stayed += libc.sched_getcpu() in others
+            assert os.sched_getaffinity(0) == everywhere
+    assert stayed <= 5  # the system may put it back at any moment; without the move about 15

@@ -14,6 +14,8 @@
 //    exception as well, and run() rethrows the first one on the caller's thread.
 #pragma once
 
+#include <sched.h>
+
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -78,6 +80,7 @@ class Workers {
   void wait_change(Gate& gate, uint32_t seen, int64_t spin_ns) const;
   static void wake(Gate& gate);
   void pin(int32_t worker, int32_t cpu);
+  void leave_others_cores() const;
 
   int32_t num_threads_ = 1;
   int32_t num_nodes_ = 1;
@@ -86,6 +89,7 @@ class Workers {
   int64_t barrier_spin_ns_ = 0;
   bool pinned_ = false;
   std::vector<int32_t> cpus_;   // core of each worker; -1 = anywhere
+  cpu_set_t others_cpus_;       // cores of the pinned workers but worker 0
   std::vector<int32_t> nodes_;  // node of each worker
   std::vector<Range> node_workers_;
   std::vector<std::thread> threads_;
