@@ -191,8 +191,12 @@ def num_host_pages(spec: ModelSpec, config: Config) -> int:
     """KV pages kept in RAM after the GPU evicted them; none without a GPU, whose KV is in RAM."""
     if config.device == "cpu" or not config.prefix_cache:
         return 0
-    page_bytes = kv_bytes_per_token(spec, _KV_TYPES[config.kv_dtype]) * config.page_size
-    return int(config.cpu_memory_size_GB * 1e9) // page_bytes
+    layer_bytes = kv_bytes_per_token(spec, _KV_TYPES[config.kv_dtype]) * config.page_size
+    layer_bytes //= spec.num_layers
+    # Each layer has one pinned tensor, and PyTorch rounds those up to a power of two: fill one that
+    # stays within what was asked for.
+    room = int(config.cpu_memory_size_GB * 1e9) // spec.num_layers
+    return (1 << room.bit_length() >> 1) // layer_bytes
 
 
 def make_scheduler(spec: ModelSpec, config: Config) -> Scheduler:

@@ -168,9 +168,9 @@ def test_a_rule_file_decides_before_the_flag(tmp_path: Path) -> None:
 
 def test_only_a_gpu_has_a_second_tier() -> None:
     config = Config(device="cuda:0", cpu_memory_size_GB=1.0, page_size=32, kv_dtype="bf16")
-    assert num_host_pages(SPEC, config) == 1_000_000_000 // (32 * (96 << 10))
-    assert num_host_pages(SPEC, replace(config, kv_dtype="fp8")) == 1_000_000_000 // (
-        32 * (48 << 10)
-    )
+    # 1 GB in 48 layers is 19.9 MiB each, of which a pinned tensor of 16 MiB holds 64 KiB a page.
+    assert num_host_pages(SPEC, config) == (16 << 20) // (64 << 10)
+    assert num_host_pages(SPEC, replace(config, cpu_memory_size_GB=0.0)) == 0
+    assert num_host_pages(SPEC, replace(config, kv_dtype="fp8")) == (16 << 20) // (32 << 10)
     assert num_host_pages(SPEC, replace(config, device="cpu")) == 0
     assert num_host_pages(SPEC, replace(config, prefix_cache=False)) == 0
