@@ -49,20 +49,43 @@ __device__ __forceinline__ int split_length(int length) {
   return max(kMinChunk, (even + kMinChunk - 1) / kMinChunk * kMinChunk);
 }
 
-// The item of a number, found by every warp for itself; false beyond the last.
-__device__ __forceinline__ bool find_item(const DecodeStep& s, int number, int heads, int tiles,
-                                          Item& item) {
-  const int lane = threadIdx.x & 31, per_split = heads * tiles;
+// Keys of a row, and into how many splits they go; 0 beyond the last row.
+__device__ __forceinline__ int row_length(const DecodeStep& s, int row, int& splits) {
+  splits = 0;
+  if (row >= s.rows) {
+    return 0;
+  }
+  const int pages = s.page_start[row + 1] - s.page_start[row];
+  const int length = (pages - 1) * s.page_size + s.last_page_len[row];
+  const int chunk = split_length(length);
+  splits = (length + chunk - 1) / chunk;
+  return length;
+}
+
+// The number of items, counted by every warp for itself.
+__device__ __forceinline__ int count_items(const DecodeStep& s, int heads, int tiles) {
+  int count = 0;
+  for (int row = threadIdx.x & 31; row < s.rows; row += kWarp) {
+    int splits;
+    row_length(s, row, splits);
+    count += splits * heads * tiles;
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step >>= 1) {
+    count += __shfl_xor_sync(~0u, count, step);
+  }
+  return count;
+}
+
+// The item of a number below count_items, found by every warp for itself. The splits of a row, head
+// and tile follow each other.
+__device__ __forceinline__ Item find_item(const DecodeStep& s, int number, int heads, int tiles) {
+  const int lane = threadIdx.x & 31;
+  Item item{};
   for (int first = 0; first < s.rows; first += kWarp) {
-    const int row = first + lane;
-    int length = 0, splits = 0;
-    if (row < s.rows) {
-      const int pages = s.page_start[row + 1] - s.page_start[row];
-      length = (pages - 1) * s.page_size + s.last_page_len[row];
-      const int chunk = split_length(length);
-      splits = (length + chunk - 1) / chunk;
-    }
-    int end = splits * per_split;
+    int splits;
+    const int length = row_length(s, first + lane, splits);
+    int end = splits * heads * tiles;
 #pragma unroll
     for (int step = 1; step < kWarp; step <<= 1) {
       const int left = __shfl_up_sync(~0u, end, step);
@@ -76,16 +99,16 @@ __device__ __forceinline__ bool find_item(const DecodeStep& s, int number, int h
       item.row = first + at;
       item.length = __shfl_sync(~0u, length, at);
       item.splits = __shfl_sync(~0u, splits, at);
-      const int inside = number - (__shfl_sync(~0u, end, at) - item.splits * per_split);
       item.chunk = split_length(item.length);
-      item.split = inside / per_split;
-      item.head = inside % per_split / tiles;
-      item.tile = inside % tiles;
-      return true;
+      const int inside = number - (__shfl_sync(~0u, end, at) - item.splits * heads * tiles);
+      item.split = inside % item.splits;
+      item.head = inside / item.splits / tiles;
+      item.tile = inside / item.splits % tiles;
+      break;
     }
     number -= __shfl_sync(~0u, end, kWarp - 1);
   }
-  return false;
+  return item;
 }
 
 __device__ __forceinline__ uint4 load_once(const u16* p) {
@@ -359,9 +382,20 @@ __device__ __forceinline__ void decode_attention(const float* q, const float* k,
   const int group = p.q_heads / p.kv_heads, tiles = (group + kHeadTile - 1) / kHeadTile;
   const i64 stride = (i64)p.kv_heads * D, v_offset = stride * step.page_size;
   release_next();
-  Item item;
-  for (int number = blockIdx.x; find_item(step, number, p.kv_heads, tiles, item);
-       number += gridDim.x) {
+  // Neighbouring items: the queries of one row and head are prepared once for several splits. Few
+  // items go to the first blocks, which start first.
+  const int items = count_items(step, p.kv_heads, tiles), block = blockIdx.x;
+  const int used = min(items, (int)gridDim.x);
+  const int last = block < used ? (int)((i64)items * (block + 1) / used) : 0;
+  Item item{};
+  bool is_next = false;  // to the split before
+  for (int number = block < used ? (int)((i64)items * block / used) : 0; number < last; ++number) {
+    is_next = is_next && item.split + 1 < item.splits;
+    if (is_next) {
+      ++item.split;
+    } else {
+      item = find_item(step, number, p.kv_heads, tiles);
+    }
     // Everything up to the wait depends on earlier steps and on the block of this one alone.
     const int begin = item.split * item.chunk, end = min(item.length, begin + item.chunk);
     const bool has_new = end == item.length;
@@ -376,22 +410,25 @@ __device__ __forceinline__ void decode_attention(const float* q, const float* k,
     if (key < end) {
       load_tile<D>(address(key), stride, v_offset, min(end, item.length - 1) - key, tile);
     }
-    for (int i = threadIdx.x; i < p.rotary_dims / 2; i += kAttentionThreads) {
-      const float angle = (float)step.positions[item.row] * p.inverse_frequencies[i];
-      shared.rotation[i] = make_float2(cosf(angle) * p.multiplier, sinf(angle) * p.multiplier);
-    }
     const int heads_here = min(kHeadTile, group - item.tile * kHeadTile);
     const int first_head = item.head * group + item.tile * kHeadTile;
-    __syncthreads();
-    wait_for_previous();
-    if (warp < heads_here) {
-      prepare_vector<D>(q + ((i64)item.row * p.q_heads + first_head + warp) * D, p.q_norm, true, p,
-                        shared, shared.q[warp]);
-    } else {
-      for (int i = lane; i < D; i += kWarp) {
-        shared.q[warp][i] = 0;
+    if (!is_next) {
+      for (int i = threadIdx.x; i < p.rotary_dims / 2; i += kAttentionThreads) {
+        const float angle = (float)step.positions[item.row] * p.inverse_frequencies[i];
+        shared.rotation[i] = make_float2(cosf(angle) * p.multiplier, sinf(angle) * p.multiplier);
+      }
+      __syncthreads();
+      wait_for_previous();
+      if (warp < heads_here) {
+        prepare_vector<D>(q + ((i64)item.row * p.q_heads + first_head + warp) * D, p.q_norm, true,
+                          p, shared, shared.q[warp]);
+      } else {
+        for (int i = lane; i < D; i += kWarp) {
+          shared.q[warp][i] = 0;
+        }
       }
     }
+    is_next = true;
     if (has_new && warp < 2) {
       const float* from = (warp == 0 ? k : v) + ((i64)item.row * p.kv_heads + item.head) * D;
       prepare_vector<D>(from, warp == 0 ? p.k_norm : nullptr, warp == 0, p, shared,
