@@ -180,6 +180,30 @@ def test_prefill_budget_adapts_to_the_target_time():
     assert longest[25_000_000] <= 27_000_000
 
 
+def test_the_budget_follows_tokens_that_grow_dearer():
+    sim = Sim(
+        num_pages=2000, max_len=4096, chunk_size=1024, max_samples=8, target_itl_ns=25_000_000
+    )
+    sim.submit(prompt_of(10), 400)
+    sim.step_ns = 5_000_000
+    for _ in range(5):
+        sim.step()
+    sim.submit(prompt_of(4000), 4)
+    done, times = 0, []
+    while done < 4000:
+        sim.step_ns = 0
+        assert sim.plan()
+        tokens = sim.scheduler.plan_struct.num_tokens - sim.scheduler.plan_struct.num_decode_rows
+        done += tokens
+        # As attention does: four times the cost at the end of the prompt.
+        sim.step_ns = 5_000_000 + round(100_000 * tokens * (1 + 3 * done / 4000))
+        times.append(sim.step_ns)
+        sim.commit()
+        sim.drain()
+    assert max(times[3:]) < 29_000_000
+    assert sorted(times)[len(times) // 2] > 22_000_000
+
+
 def test_a_hopeless_target_still_lets_prompts_through():
     sim = Sim(target_itl_ns=1, chunk_size=32)
     sim.submit(prompt_of(3), 60)

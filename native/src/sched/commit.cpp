@@ -22,7 +22,7 @@ void Scheduler::commit(int64_t now_ns, const int32_t* tokens, int32_t num_sample
   counters_.prefill_tokens += static_cast<uint64_t>(step.num_prefill_tokens);
   counters_.decode_tokens += static_cast<uint64_t>(step.num_decode_tokens);
   // Looking ahead, a step begins when the one before has ended, not when it was planned.
-  cost_.observe(step.num_prefill_tokens + step.num_decode_tokens,
+  cost_.observe(step.num_prefill_tokens, step.num_decode_tokens,
                 now_ns - std::max(step.plan_ns, last_commit_ns_));
   last_commit_ns_ = now_ns;
   for (Row& row : step.rows) {

@@ -208,8 +208,7 @@ void Scheduler::limit_prefill(const Step& step, Budget& budget) const {
   if (config_.target_itl_ns == 0 || step.rows.empty()) {
     return;
   }
-  const auto num_decodes = static_cast<int32_t>(step.rows.size());
-  const int32_t in_time = cost_.budget(config_.target_itl_ns, layout_.max_tokens) - num_decodes;
+  const int32_t in_time = cost_.budget(config_.target_itl_ns, layout_.max_tokens);
   budget.tokens = std::min(budget.tokens, std::max(in_time, kMinPrefillTokens));
 }
 

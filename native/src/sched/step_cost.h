@@ -6,20 +6,17 @@
 
 namespace kt::sched {
 
-// Least squares of step time against tokens in the step, t = base + slope * T, over roughly the
-// last hundred steps (exponentially forgotten, so that it follows longer contexts and other load).
+// A step takes base + slope * prompt tokens. base follows the steps without prompt tokens; slope
+// the others, quickly, because a token costs more the longer its context and the smaller its chunk.
 class StepCost {
  public:
-  void observe(int32_t num_tokens, int64_t step_ns);
-  // Most tokens a step may have to stay within target_ns, at most `limit`.
+  void observe(int32_t num_prefill_tokens, int32_t num_decode_tokens, int64_t step_ns);
+  // Most prompt tokens beside decode rows to stay within target_ns, at most `limit`.
   int32_t budget(int64_t target_ns, int32_t limit) const;
 
  private:
-  double weight_ = 0;
-  double sum_tokens_ = 0;
-  double sum_ns_ = 0;
-  double sum_tokens2_ = 0;
-  double sum_tokens_ns_ = 0;
+  double base_ns_ = 0;
+  double slope_ns_ = 0;  // 0 until a step had prompt tokens
 };
 
 }  // namespace kt::sched
