@@ -44,16 +44,17 @@ class Engine:
 
     def __init__(self, files: ModelFiles, spec: ModelSpec, pool: Pool, args: Any) -> None:
         pages = args.cache_tokens // _PAGE
+        most = max([*args.clients, *(clients + 1 for clients in args.interleave)])
         self.scheduler = Scheduler(
             structs.sized(
                 structs.SchedConfig,
-                max_batch_size=max(args.clients),
+                max_batch_size=most,
                 chunk_size=args.chunk_size,
                 page_size=_PAGE,
                 num_pages=pages,
                 max_len=min(spec.max_context, args.cache_tokens),
                 max_queue=64,
-                max_samples=max(args.clients) + 8,
+                max_samples=most + 8,
                 watermark_pages=-1,
                 lane_tokens=args.lane_tokens,
             )

@@ -17,7 +17,7 @@ from kt_async.ffi import structs
 from kt_async.ffi.scheduler import Scheduler
 
 _SHORT_PROMPT = 64
-_QUIET_TOKENS = 100  # of every client before the prompt arrives
+_QUIET_TOKENS = 40  # of every client before the prompt arrives
 _TIMEOUT_S = 120
 
 

@@ -53,6 +53,8 @@ _POLICIES = {
 }
 # Most RAM that evicted KV pages of a GPU take without being asked to.
 _MOST_TIER_BYTES = 16_000_000_000
+# Fewer prompt tokens than these hold decode rows up for less time than copying all experts takes.
+_LANE_TOKENS = 16
 # Logit rows beyond one per sequence: how many prompt positions of an echo request one step scores.
 _PROMPT_LOGIT_ROWS = 32
 
@@ -217,6 +219,7 @@ def make_scheduler(spec: ModelSpec, config: Config) -> Scheduler:
             num_host_pages=num_host_pages(spec, config),
             queue_timeout_ns=round(config.queue_timeout_s * 1e9),
             target_itl_ns=round(config.target_itl_ms * 1e6),
+            lane_tokens=_LANE_TOKENS if config.device != "cpu" and config.use_cuda_graph else 0,
         )
     )
 

@@ -143,3 +143,9 @@ class SampleSharesArg(ctypes.Structure):
     """struct SampleShares of sample.cu."""
 
     _fields_ = (("best", _PTR), ("at", _PTR), ("arrived", _PTR))
+
+
+class PiecesArg(ctypes.Structure):
+    """struct Pieces of step.cu."""
+
+    _fields_ = (("start", _I32 * 16), ("count", _I32 * 16))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kt_async.engine.cuda_args import PiecesArg
 from kt_async.engine.cuda_attention import StepPages
 from kt_async.ffi import structs
+from kt_async.ffi.cuda import Kernels
 
 SAMPLE_DTYPE = np.dtype(structs.SampleParams)
+_LOAD_BLOCKS = 4  # thread blocks of one array
 
 
 class Block:
@@ -75,6 +80,32 @@ class Block:
         params["mask_row"] = -1
         params["token_index"] = np.arange(first, rows)
         return after
+
+    def load(
+        self,
+        kernels: Kernels,
+        stream: torch.cuda.Stream,
+        rows: int,
+        num_page_ids: int,
+        plan: structs.Plan,
+    ) -> None:
+        """Bring what a decode step of `rows` rows reads to the device, without the copy engine."""
+        sizes = dict.fromkeys(("tokens", "positions", "kv_slot", "last_page_len"), rows)
+        sizes |= {
+            "page_start": rows + 1,
+            "page_ids": num_page_ids,
+            "samples": rows * SAMPLE_DTYPE.itemsize // 4,
+        }
+        if plan.num_bias:
+            sizes |= dict.fromkeys(("bias_ids", "bias_values"), plan.num_bias)
+        if plan.num_history:
+            sizes |= dict.fromkeys(("history_ids", "history_counts"), plan.num_history)
+        pieces = PiecesArg()
+        for i, (name, count) in enumerate(sizes.items()):
+            pieces.start[i], pieces.count[i] = getattr(self.layout, name) // 4, count
+        addresses = [ctypes.c_void_p(t.data_ptr()) for t in (self.host, self.device)]
+        grid = (len(sizes), _LOAD_BLOCKS)
+        kernels.launch("load_block", grid, 256, stream.cuda_stream, [*addresses, pieces])
 
     def first_page(self, row: int) -> int:
         """Where the page ids of a row begin."""

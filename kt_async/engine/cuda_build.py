@@ -20,7 +20,6 @@ from kt_async.engine.cuda_experts import Names, VramExperts, moe_names
 from kt_async.engine.cuda_handoff import Channel, HandoffExperts, Launch
 from kt_async.engine.cuda_kernels import kernels_for, launcher
 from kt_async.engine.cuda_kv import FP8, KvPages
-from kt_async.engine.cuda_lane import CudaLane
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda_probe import choose_mechanism
 from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
@@ -159,10 +158,6 @@ def load_cuda_runner(
         prefill_experts=prefill,
         handoff=handoff,
         use_graphs=options.use_graphs,
-    )
-
-    runner.lane = CudaLane(
-        ops, spec, layout, prefill, runner.prefill_planner, runner.stream, limits.sample_vocab
     )
 
     def free() -> None:

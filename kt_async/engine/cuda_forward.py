@@ -32,6 +32,14 @@ class Part:
     is_decode: bool
 
 
+def prompt_part(plan: structs.Plan, num_decode: int) -> Part:
+    """The rows of a plan after its decode rows."""
+    rows, tokens, samples = (
+        (num_decode, end) for end in (plan.num_rows, plan.num_tokens, plan.num_samples)
+    )
+    return Part(rows, tokens, samples, is_decode=False)
+
+
 class Forward:
     """Runs the model's forward on the current stream and samples into `out`. [engine]
 

@@ -2,12 +2,14 @@
 
 The engine thread queues some layers, runs a decode step, and comes back; nothing waits for the GPU
 but `advance(alone=True)`. Experts in host memory are copied, never computed by the CPU, which
-belongs to the decode rows. How many layers are queued at a time decides how the two share the GPU
-and the bus.
+belongs to the decode rows. How many layers are queued at a time (engine/pace.py) decides how the
+two share the engine thread, the GPU and the bus.
 """
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import deque
 from collections.abc import Generator
 from dataclasses import replace
@@ -18,12 +20,17 @@ import torch
 
 from kt_async.engine.cuda_attention import Planner
 from kt_async.engine.cuda_block import Block
-from kt_async.engine.cuda_forward import Forward, Part
+from kt_async.engine.cuda_forward import Forward, prompt_part
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
-from kt_async.engine.cuda_stream import StreamedExperts
+from kt_async.engine.cuda_router import Router
+from kt_async.engine.cuda_stream import StreamedExperts, around_step
+from kt_async.engine.pace import Pace
 from kt_async.engine.runner import StepResult
 from kt_async.ffi import structs
+from kt_async.model import run_to_end
 from kt_async.model.spec import ModelSpec
+
+_ALONE = 8  # layers on the stream while nobody decodes
 
 
 class CudaLane:
@@ -38,16 +45,27 @@ class CudaLane:
         planner: Planner,
         decode_stream: torch.cuda.Stream,
         sample_vocab: int,
+        *,
+        has_graphs: bool,
     ) -> None:
-        """planner and experts belong to the lane while a step is in flight."""
+        """planner and experts belong to the lane while a step is in flight.
+
+        Where decode steps have no graphs they need both themselves, and experts that cannot be
+        copied need the CPU: a step then runs to its end in start().
+        """
         self._layout, self._pages = layout, ops.pages
         self._experts, self._planner, self._decode_stream = experts, planner, decode_stream
         self._block = Block(layout)
-        self._forward = Forward(replace(ops), spec, self._block, sample_vocab)
+        own_ops = replace(ops, router=Router())  # its buffers serve one stream
+        self._forward = Forward(own_ops, spec, self._block, sample_vocab)
         self._stream = torch.cuda.Stream(priority=0)
         self._layers: Generator[None, None, torch.Tensor] | None = None  # what is left to queue
         self._queued: deque[torch.cuda.Event] = deque()  # one after each piece on the stream
-        self.depth = 3
+        can_copy = not isinstance(experts, StreamedExperts) or experts.copies is not None
+        self._is_parallel = has_graphs and can_copy
+        self._pace = Pace()
+        self._is_new = False  # nothing queued yet
+        self._queued_at = 0.0  # when layers were queued last; 0: not in this step
 
     @property
     def result(self) -> StepResult:
@@ -65,17 +83,35 @@ class CudaLane:
             with torch.cuda.stream(self._decode_stream):  # all page copies in the plans' order
                 self._pages.move(plan, layout, block)
         self._stream.wait_stream(self._decode_stream)
+        self._is_new = True
         if plan.num_tokens > 0:
             with torch.cuda.stream(self._stream):
-                self._layers = self._begin_forward(plan)
+                if self._is_parallel:
+                    if isinstance(self._experts, StreamedExperts):
+                        self._experts.begin_step(plan.num_tokens, use_cpu=False)
+                    self._layers = self._begin_forward(plan)
+                else:
+                    with around_step(self._experts, plan.num_tokens):
+                        run_to_end(self._begin_forward(plan))
+                        self._forward.read_back()
         self._mark()
 
     def advance(self, *, alone: bool) -> None:
+        now = time.monotonic()
+        if self._is_new and not alone:
+            # Beginning a step took its time already; the first layer's experts are on their way.
+            self._is_new, self._queued_at = False, 0.0
+            return
         if alone and len(self._queued) > 1:
             self._queued[0].synchronize()
         self._forget_finished()
-        while self._layers is not None and len(self._queued) < self.depth:
-            self._queue_layer(self._layers)
+        left = len(self._queued)
+        if self._queued_at and not alone:
+            self._pace.observe_step(now - self._queued_at, left)
+        for _ in range(_ALONE - left if alone else self._pace.layers(left)):
+            if self._layers is not None:
+                self._queue_layer(self._layers)
+        self._queued_at = time.monotonic()
         if alone and self._layers is None and self._queued:
             self._queued[-1].synchronize()
 
@@ -83,17 +119,21 @@ class CudaLane:
         self._forget_finished()
         return self._layers is None and not self._queued
 
+    def close(self) -> None:
+        """Wait until nothing queued, here or on the copies' stream, reads the weights any more."""
+        self._layers = None
+        with contextlib.suppress(RuntimeError):  # a GPU that has failed does nothing any more
+            torch.cuda.synchronize()
+
     def _begin_forward(self, plan: structs.Plan) -> Generator[None, None, torch.Tensor]:
         b, used = self._block, plan.used_bytes
         b.device[:used].copy_(b.host[:used], non_blocking=True)
-        if isinstance(self._experts, StreamedExperts):
-            self._experts.begin_step(plan.num_tokens, use_cpu=False)
-        rows = (0, plan.num_rows)
-        part = Part(rows, (0, plan.num_tokens), (0, plan.num_samples), is_decode=False)
-        attend = self._planner.plan(b.pages(*rows, on_host=False))
+        part = prompt_part(plan, 0)
+        attend = self._planner.plan(b.pages(*part.rows, on_host=False))
         return self._forward.layers(self._forward.step(part, attend), part, self._experts)
 
     def _queue_layer(self, layers: Generator[None, None, torch.Tensor]) -> None:
+        begin = time.monotonic()
         with torch.cuda.stream(self._stream):
             try:
                 next(layers)
@@ -101,6 +141,7 @@ class CudaLane:
                 self._layers = None
                 self._forward.start_read_back()
         self._mark()
+        self._pace.observe_queueing(time.monotonic() - begin)
 
     def _mark(self) -> None:
         event = torch.cuda.Event(blocking=True)  # who waits for it sleeps

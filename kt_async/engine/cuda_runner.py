@@ -1,7 +1,7 @@
 """Runs steps on the GPU: decode as CUDA graphs of fixed row counts, everything else eagerly.
 
-Decode rows are padded to the next bucket (idle rows attend one position of a scratch page), their
-metadata is copied as one block, and one native call replays the graph, serves the CPU experts'
+Decode rows are padded to the next bucket (idle rows attend one position of a scratch page), a kernel
+fetches their metadata, and one native call replays the graph, serves the CPU experts'
 hand-off and waits. Prompt rows run the same forward eagerly. A step that has both runs as two parts,
 so that a decode row's result never depends on the prompts beside it.
 """
@@ -26,12 +26,12 @@ from kt_async.engine.cuda_attention import (
 )
 from kt_async.engine.cuda_block import Block
 from kt_async.engine.cuda_decode import PagedDecode, is_served
-from kt_async.engine.cuda_forward import Forward, Part
+from kt_async.engine.cuda_forward import Forward, Part, prompt_part
 from kt_async.engine.cuda_handoff import HandoffExperts
+from kt_async.engine.cuda_lane import CudaLane
 from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda_stream import around_step
 from kt_async.engine.cuda_values import StepTensors
-from kt_async.engine.runner import Lane
 from kt_async.errors import NativeError
 from kt_async.ffi import structs
 from kt_async.ffi.handoff import Handoff
@@ -96,14 +96,13 @@ class CudaRunner:
         self._handoff = handoff
         self.on_close: Callable[[], None] = lambda: None  # frees what the runner was given
         self._layout = layout
-        self.lane: Lane | None = None
         self.block = Block(layout)
         kv_dtype = ops.pages.layers[0].dtype
         heads = Heads(
             spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.head_dim**-0.5, kv_dtype
         )
         self._heads = heads
-        self.prefill_planner = make_prefill_planner(heads, limits.page_size)
+        self._prefill = make_prefill_planner(heads, limits.page_size)
         if is_served(heads, limits.page_size):
             rows = layout.max_rows
             ops.decode_attention = PagedDecode.allocate(heads, self.block, limits.page_size, rows)
@@ -112,7 +111,7 @@ class CudaRunner:
         self.result = self._forward.result
         self._stats = {"graph_steps": 0.0, "eager_steps": 0.0, "run_ns": 0.0, "expert_ns": 0.0}
         self._graphs: dict[int, Graph] = {}
-        self.stream = self._stream = torch.cuda.Stream(priority=-1)  # before the lane's
+        self._stream = torch.cuda.Stream(priority=-1)  # before the lane's
         self._gpu_step = structs.sized(
             structs.GpuStep,
             stream=self._stream.cuda_stream,
@@ -125,6 +124,16 @@ class CudaRunner:
         )
         if use_graphs:
             self._capture_all()
+        self.lane = CudaLane(
+            ops,
+            spec,
+            layout,
+            prefill_experts,
+            self._prefill,
+            self._stream,
+            limits.sample_vocab,
+            has_graphs=bool(self._graphs),
+        )
 
     def make_block(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         assert num_bytes == self._layout.num_bytes
@@ -159,13 +168,13 @@ class CudaRunner:
         if decode == plan.num_rows:
             self._run_decode(graph, plan, decode, plan.num_page_ids)
         elif decode == 0:
-            self._run_eagerly(plan, _prompts(plan, 0))
+            self._run_eagerly(plan, prompt_part(plan, 0))
         else:
             block = self.block.array[: plan.used_bytes]
             kept = block.copy()  # the graph's idle rows take the places of the prompt rows
             self._run_decode(graph, plan, decode, self.block.first_page(decode))
             block[:] = kept
-            self._run_eagerly(plan, _prompts(plan, decode))
+            self._run_eagerly(plan, prompt_part(plan, decode))
         self._stats["run_ns"] += time.monotonic_ns() - begin
 
     def _run_decode(self, graph: Graph | None, plan: structs.Plan, rows: int, pages: int) -> None:
@@ -197,6 +206,7 @@ class CudaRunner:
         return dict(self._stats)
 
     def close(self) -> None:
+        self.lane.close()
         self._graphs.clear()
         self._handoff.close()
         self.on_close()
@@ -207,7 +217,7 @@ class CudaRunner:
             b.device[:used].copy_(b.host[:used], non_blocking=True)
             attend = None
             if not (part.is_decode and self._ops.decode_attention):
-                attend = self.prefill_planner.plan(b.pages(*part.rows, on_host=False))
+                attend = self._prefill.plan(b.pages(*part.rows, on_host=False))
             experts = self._prefill_experts
             rows = part.tokens[1] - part.tokens[0]
             with around_step(experts, rows, is_decode=part.is_decode):
@@ -273,23 +283,13 @@ class CudaRunner:
         if graph.planner is not None:
             with torch.cuda.stream(self._stream):
                 graph.planner.plan(self.block.pages(0, graph.rows, on_host=True))
+        self.block.load(self._ops.kernels, self._stream, graph.rows, page_ids, plan)
         step = self._gpu_step
         step.num_tokens = graph.rows
         step.graph_exec = graph.exec
-        step.block_bytes = max(plan.used_bytes, self._layout.page_ids + 4 * page_ids)
         self._handoff.run(step)
         self._logits = graph.logits
         self._stats["graph_steps"] += 1
         self._stats["expert_ns"] += step.expert_ns
         if isinstance(self._decode_experts, HandoffExperts):
             self._decode_experts.channel.check()
-
-
-def _prompts(plan: structs.Plan, decode: int) -> Part:
-    """The rows of a plan after its decode rows."""
-    return Part(
-        (decode, plan.num_rows),
-        (decode, plan.num_tokens),
-        (decode, plan.num_samples),
-        is_decode=False,
-    )

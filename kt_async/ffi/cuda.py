@@ -189,9 +189,7 @@ class Kernels:
         """arguments: ctypes values or structures in the kernel's order. Nothing for an empty grid."""
         if 0 in grid:
             return
-        pointers = (ctypes.c_void_p * len(arguments))(
-            *[ctypes.cast(ctypes.pointer(a), ctypes.c_void_p) for a in arguments]
-        )
+        pointers = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
         config = _LaunchConfig(
             (*grid, 1),
             (block, 1, 1),

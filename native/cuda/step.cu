@@ -341,7 +341,9 @@ extern "C" __global__ void handoff_signal(const float* x, const int* ids, const 
 }
 
 // Waits for a layer's done flag, at most `limit` clock ticks: 1 = ready, 2 = the CPU failed, 3 = it
-// did not answer. All but 1 are left in *error; the graph always ends. The whole block.
+// did not answer. All but 1 are left in *error; the graph always ends. The whole block. Only then
+// releases the next kernel: it and those after it would fill the GPU while the CPU computes, and a
+// prompt beside the decode step could not run.
 __device__ __forceinline__ u32 await_done(u32* done, u32* error, i64 limit) {
   __shared__ u32 state;
   if (threadIdx.x == 0) {
@@ -363,6 +365,7 @@ __device__ __forceinline__ u32 await_done(u32* done, u32* error, i64 limit) {
     state = value;
   }
   __syncthreads();
+  release_next();
   return state;
 }
 
@@ -378,7 +381,6 @@ __device__ __forceinline__ void leave_done(u32* done, u32* left) {
 // Waits for the CPU, then out = residual + its result.
 extern "C" __global__ void handoff_wait(const float* host_out, const float* residual, int num,
                                         u32* done, u32* left, u32* error, i64 limit, float* out) {
-  release_next();
   wait_for_previous();
   const u32 state = await_done(done, error, limit);
   const int first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
@@ -402,7 +404,6 @@ extern "C" __global__ void __launch_bounds__(1024)
                       u32* error, i64 limit, float* out, const float* norm, float eps,
                       Prepared to) {
   extern __shared__ float total[];
-  release_next();
   wait_for_previous();
   const i64 row = blockIdx.x;
   for (int c = threadIdx.x; c < cols; c += blockDim.x) {
@@ -444,5 +445,25 @@ extern "C" __global__ void embed(Matrix table, const int* tokens, const int* sam
     for (int k = 0; k < 32; ++k) {
       x[(i64)blockIdx.x * table.cols + 32 * b + k] = __uint_as_float((u32)out[k] << 16);
     }
+  }
+}
+
+// Pieces of the step's metadata block, in words.
+struct Pieces {
+  int start[16];
+  int count[16];
+};
+
+// Brings a decode step's metadata from pinned host memory, piece blockIdx.x of it. Not by the copy
+// engine: a prompt's experts may be queued there for many milliseconds.
+extern "C" __global__ void load_block(const int* host, int* device, Pieces pieces) {
+  wait_for_previous();
+  const int start = pieces.start[blockIdx.x], count = pieces.count[blockIdx.x];
+  // Pieces begin on 64 bytes and are padded to them: whole vectors never leave the block.
+  const float4* from = reinterpret_cast<const float4*>(host + start);
+  float4* to = reinterpret_cast<float4*>(device + start);
+  const int vectors = (count + 3) / 4;
+  for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < vectors; i += gridDim.y * blockDim.x) {
+    to[i] = __ldcv(from + i);
   }
 }

@@ -28,6 +28,7 @@ class FakeLane:
         self.result.tokens[:] = LANE_TOKEN
         self.result.logprobs[:] = -7.0
         self.calls: list[str] = []
+        self.is_held = False  # a step does not end meanwhile
         self._left = 0
 
     def make_block(self, num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -43,7 +44,7 @@ class FakeLane:
         self._left -= 1
 
     def is_complete(self) -> bool:
-        return self._left <= 0
+        return self._left <= 0 and not self.is_held
 
 
 class FakeRunner:
@@ -151,11 +152,16 @@ def test_decode_steps_run_between_the_pieces_of_a_prompt(engine: Engine) -> None
 def test_a_prompt_goes_on_alone_when_nobody_decodes_any_more(engine: Engine) -> None:
     engine.submit(1, 5, 900)
     engine.until(lambda: len(engine.tokens[1]) > 3)
+    assert isinstance(engine.runner.lane, FakeLane)
+    engine.runner.lane.is_held = True
     engine.submit(2, 20, 1)
     engine.until(lambda: "start 20" in engine.calls)
     engine.scheduler.cancel(1)
+    engine.until(lambda: 1 in engine.finish)
+    engine.runner.lane.is_held = False
     engine.until(lambda: 2 in engine.finish)
     assert engine.tokens[2] == [LANE_TOKEN]
+    assert "alone" in engine.calls
     engine.submit(3, 64, 2)  # alone: ordinary steps
     engine.until(lambda: 3 in engine.finish)
     assert engine.tokens[3] == [STEP_TOKEN] * 2
@@ -165,9 +171,15 @@ def test_a_prompt_goes_on_alone_when_nobody_decodes_any_more(engine: Engine) -> 
 def test_a_cancelled_prompt_ends_with_its_lane_step(engine: Engine) -> None:
     engine.submit(1, 5, 900)
     engine.until(lambda: len(engine.tokens[1]) > 3)
+    assert isinstance(engine.runner.lane, FakeLane)
+    engine.runner.lane.is_held = True
     engine.submit(2, 64, 5)
     engine.until(lambda: "start 32" in engine.calls)
     engine.scheduler.cancel(2)
+    seen = len(engine.tokens[1])
+    engine.until(lambda: len(engine.tokens[1]) > seen + 2)
+    assert 2 not in engine.finish
+    engine.runner.lane.is_held = False
     engine.until(lambda: 2 in engine.finish)
     assert engine.finish[2] == structs.KT_FINISH_CANCELLED
     assert engine.tokens[2] == []

@@ -39,6 +39,7 @@ class DirectEngine:
         page_size: int = 32,
         make_runner: MakeRunner | None = None,
         num_host_pages: int = 0,
+        lane_tokens: int = 0,
     ) -> None:
         self.files = open_model(path)
         self.spec = spec_from_gguf(self.files)
@@ -58,6 +59,7 @@ class DirectEngine:
                 max_samples=max_samples,
                 watermark_pages=0,
                 num_host_pages=num_host_pages,
+                lane_tokens=lane_tokens,
                 flags=structs.KT_SCHED_PREFIX_CACHE if num_host_pages else 0,
             )
         )
