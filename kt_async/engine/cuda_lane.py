@@ -91,7 +91,7 @@ class CudaLane:
                         self._experts.begin_step(plan.num_tokens, use_cpu=False)
                     self._layers = self._begin_forward(plan)
                 else:
-                    with around_step(self._experts, plan.num_tokens):
+                    with around_step(self._experts, plan.num_tokens, is_decode=False):
                         run_to_end(self._begin_forward(plan))
                         self._forward.read_back()
         self._mark()
