@@ -25,7 +25,7 @@ class Call:
 
     name: str
     args: list[Any]
-    status: int = structs.KT_OK
+    status: int | None = structs.KT_OK  # None: any outcome that is no error
 
     def run(self, *, change: dict[int, Any] | None = None) -> tuple[int, str]:
         """Status and message, with some arguments replaced."""
@@ -134,12 +134,13 @@ def repeatable_calls(w: World) -> list[Call]:
     raw = w.tensors[0]
     text = ctypes.create_string_buffer(64)
     sized, ok, idle = structs.sized, structs.KT_OK, structs.KT_IDLE
-    table: list[tuple[str, list[Any], int]] = [
+    table: list[tuple[str, list[Any], int | None]] = [
         ("kt_abi_fields", [pointer, number], ok),
         ("kt_host_query", [sized(structs.HostInfo)], ok),
         ("kt_type_query", [int(T.Q4_K), sized(structs.TypeInfo)], ok),
         ("kt_dequantize", [int(T.Q8_0), raw.data, 64, memory], ok),
         ("kt_pool_describe", [w.pool, text, 64], ok),
+        ("kt_pool_caller_cpu", [w.pool, number], ok),
         ("kt_bench_read", [w.pool, 1 << 16, 1, real], ok),
         ("kt_bench_peak", [w.pool, 2, real], ok),
         ("kt_matrix_unpack", [w.matrices[0], memory, raw.num_bytes], ok),
@@ -147,6 +148,7 @@ def repeatable_calls(w: World) -> list[Call]:
         ("kt_matrix_part", [w.matrices[0], sized(structs.PackedPart)], ok),
         ("kt_experts_multiply", [*w.matrices, w.x, w.ids, w.weights, 2, TOP_K, w.out, None], ok),
         ("kt_expert_set_part", [w.set, 0, 0, 0, sized(structs.PackedPart)], ok),
+        ("kt_expert_set_spare", [w.set, 0], ok),
         ("kt_expert_set_run", [w.set, 0, 2, w.x, w.ids, w.weights, w.out, None], ok),
         ("kt_model_run", [w.model, *step], ok),
         ("kt_model_read", [w.model, 0, 0, 1, memory], ok),
@@ -160,6 +162,7 @@ def repeatable_calls(w: World) -> list[Call]:
         ("kt_sched_check", [w.sched], ok),
         ("kt_sched_wake", [w.sched], ok),
         ("kt_sched_cancel", [w.sched, 77], ok),
+        ("kt_sched_wait", [w.sched, 0], None),
         ("kt_model_add_buffer", [w.open_model, 8, 0, number], ok),
         ("kt_model_add_weight", [w.open_model, w.table(), 2, number], ok),
         ("kt_expert_set_add", [w.open_set, *w.tensors], ok),

@@ -33,7 +33,9 @@ MAY_BE_NULL = {("kt_experts_multiply", 9), ("kt_expert_set_run", 7), ("kt_handof
 def test_every_call_of_the_table_works(world: World) -> None:
     for call in repeatable_calls(world):
         status, message = call.run()
-        assert status == call.status, f"{call.name}: {message}"
+        assert status == (max(status, 0) if call.status is None else call.status), (
+            f"{call.name}: {message}"
+        )
 
 
 def test_null_for_any_pointer_is_refused_by_name(world: World) -> None:
@@ -95,6 +97,7 @@ OUT_OF_RANGE: list[tuple[str, int, tuple[int, ...], str]] = [
     ("kt_expert_set_part", 3, (-1, 1, HIGHEST), "part is"),
     ("kt_expert_set_run", 1, (-1, 1, LOWEST, HIGHEST), "layer is"),
     ("kt_expert_set_run", 2, (-1, 5, LOWEST, HIGHEST), "num_tokens is"),
+    ("kt_expert_set_spare", 1, (-1, 3, LOWEST, HIGHEST), "num_workers is"),
     ("kt_expert_set_create", 1, (0, -1, HIGHEST), "max_tokens is"),
     ("kt_expert_set_create", 2, (0, -1, 65), "top_k is"),
     ("kt_model_add_buffer", 1, (0, -1, LOWEST), "width"),
@@ -166,6 +169,40 @@ def test_damaged_tensors(change: dict[str, int], expected: int, text: str, world
             status, message = call.run(change={place: damaged})
             assert status == expected, (call.name, place, status)
             assert text in message, (call.name, place, message)
+
+
+def test_calls_out_of_order(world: World) -> None:
+    """A set or model that is not finished cannot run, a finished one cannot be added to."""
+    runs = {c.name: c for c in repeatable_calls(world)}
+    pairs = (
+        ("kt_expert_set_run", world.open_set),
+        ("kt_model_run", world.open_model),
+        ("kt_model_read", world.open_model),
+        ("kt_expert_set_add", world.set),
+        ("kt_model_add_buffer", world.model),
+        ("kt_model_add_weight", world.model),
+    )
+    for name, handle in pairs:
+        status, message = runs[name].run(change={0: handle})
+        assert status == structs.KT_ERR_STATE, (name, status, message)
+        assert "finished" in message, name
+    for name in ("kt_expert_set_finish", "kt_model_finish"):
+        handle = world.set if "set" in name else world.model
+        args = [handle] if "set" in name else [handle, 1]
+        assert Call(name, args).run()[0] == structs.KT_ERR_STATE
+
+
+def test_commits_without_a_plan(world: World) -> None:
+    tokens = world.keep(np.zeros(4, np.int32))
+    for name, args in (
+        ("kt_sched_commit", [1, tokens, 1]),
+        ("kt_sched_fail", [1]),
+        ("kt_sched_commit_lane", [1, tokens, 1]),
+        ("kt_sched_fail_lane", [1]),
+    ):
+        status, message = Call(name, [world.sched, *args]).run()
+        assert status == structs.KT_ERR_STATE, (name, status)
+        assert str(STALE) not in message
 
 
 def test_zero_rows_are_nothing_to_do(world: World) -> None:
