@@ -144,7 +144,8 @@ struct Rope {
   int fp8;  // pages hold e4m3 instead of bf16
 };
 
-// Nearest e4m3 (ties to even), at most 448 in magnitude; in integers, as no GPU before sm_89 has it.
+// Nearest e4m3 (ties to even), at most 448 in magnitude; in integers, as no GPU before sm_89 has
+// it.
 static __device__ u8 to_e4m3(float x) {
   const u8 sign = (u8)(__float_as_uint(x) >> 31 << 7);
   if (x != x) {
@@ -160,7 +161,8 @@ static __device__ u8 to_e4m3(float x) {
 }
 
 // Norms and rotates q and k, stores q as bf16 [T, QH, D], k and v into their pages
-// (bf16 or e4m3 [P, 2, page, KH, D]). grid = (T, QH + 2 KH), one warp per head, D a multiple of 32, <= 256.
+// (bf16 or e4m3 [P, 2, page, KH, D]). grid = (T, QH + 2 KH), one warp per head, D a multiple of 32,
+// <= 256.
 extern "C" __global__ void attention_inputs(const float* q, const float* k, const float* v,
                                             const int* positions, const int* kv_slot, Rope p,
                                             int page_size, u16* q_out, void* cache) {
