@@ -12,7 +12,6 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from kt_async.config import Config
-from kt_async.demo import demo_model_path
 from kt_async.engine.build import engine_info, gpu_plan
 from kt_async.engine.memory import gib
 from kt_async.engine.service import EngineService
@@ -161,7 +160,7 @@ def _check_rules(config: Config) -> str:
 
 def _check_generation(config: Config) -> str:
     ready = prepare(config)
-    name = ready.config.gguf_path or str(demo_model_path())
+    name = str(ready.model.files.path)
     text, seconds = asyncio.run(_generate(ready))
     if len(text) != _CHECK_TOKENS:
         raise AssertionError(f"{len(text)} tokens instead of {_CHECK_TOKENS}")
