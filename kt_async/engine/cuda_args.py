@@ -27,7 +27,7 @@ class MatrixArg(ctypes.Structure):
 class ActsArg(ctypes.Structure):
     """struct Acts of linear.cu."""
 
-    _fields_ = (("q", _PTR), ("scale", _PTR), ("sum16", _PTR))
+    _fields_ = (("q", _PTR), ("meta", _PTR), ("rows", _I32))
 
 
 class OutputsArg(ctypes.Structure):
@@ -41,10 +41,23 @@ class OutputsArg(ctypes.Structure):
     )
 
 
+class CutArg(ctypes.Structure):
+    """struct Cut of linear.cu."""
+
+    _fields_ = (
+        ("parts", _I32),
+        ("split", _I32),
+        ("stages", _I32),
+        ("stage_bytes", _I32),
+        ("part_floats", _I32),
+        ("bands_shift", _I32),
+    )
+
+
 class PreparedArg(ctypes.Structure):
     """struct Prepared of step.cu."""
 
-    _fields_ = (("f32", _PTR), ("bf16", _PTR), ("q", _PTR), ("scale", _PTR), ("sum16", _PTR))
+    _fields_ = (("f32", _PTR), ("bf16", _PTR), ("quantized", ActsArg))
 
 
 class RopeArg(ctypes.Structure):

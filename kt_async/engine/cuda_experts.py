@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kt_async.engine import cuda_gemv
 from kt_async.engine.cuda_args import GroupsArg
 from kt_async.engine.cuda_grouped import grouped_multiply
 from kt_async.engine.cuda_ops import CudaOps
@@ -16,7 +17,6 @@ from kt_async.model.spec import ModelSpec
 
 _I32 = ctypes.c_int32
 _PTR = ctypes.c_void_p
-_BLOCK = 256
 _GROUP_THREADS = 1024
 Names = tuple[str, str, str]  # gate, up, down
 
@@ -33,18 +33,20 @@ def moe_names(spec: ModelSpec) -> list[Names]:
     ]
 
 
-def _group(ops: CudaOps, ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, GroupsArg]:
+def _group(ops: CudaOps, ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, cuda_gemv.Pairs]:
     """The pairs by expert, and the memory that holds them."""
+    tokens, top_k = ids.shape
+    if tokens == 1:
+        return ids, cuda_gemv.Pairs(tokens, top_k, experts, ids.data_ptr())
     ready = ops.router.groups
     if ready is not None and ready.ids is ids:
-        return ready.words, ready.arg
-    pairs = ids.numel()
-    words = torch.empty(2 * (experts + 1) + pairs, dtype=torch.int32, device="cuda")
+        return ready.words, cuda_gemv.Pairs(tokens, top_k, experts, ids.data_ptr(), ready.arg)
+    words = torch.empty(2 * (experts + 1) + ids.numel(), dtype=torch.int32, device="cuda")
     base = words.data_ptr()
     groups = GroupsArg(base, base + 4 * (experts + 1), base + 8 * (experts + 1))
-    arguments = [_PTR(ids.data_ptr()), _I32(pairs), _I32(experts), groups]
+    arguments = [_PTR(ids.data_ptr()), _I32(ids.numel()), _I32(experts), groups]
     ops.launch("group_pairs", (1, 1), arguments, _GROUP_THREADS)
-    return words, groups
+    return words, cuda_gemv.Pairs(tokens, top_k, experts, ids.data_ptr(), groups)
 
 
 def gemv(
@@ -56,38 +58,10 @@ def gemv(
     matrices: tuple[PackedMatrix, PackedMatrix, PackedMatrix],
 ) -> Rows:
     """Straight from the quantised bands, each expert read once for all its tokens: for few rows."""
-    tokens, top_k = ids.shape
-    pairs, experts = tokens * top_k, matrices[0].num_experts
     gate, up, down = matrices
-    words, groups = _group(ops, ids, experts)
-    most_active = min(pairs, experts)
-    suffix = "1" if tokens == 1 else "2"  # rows per pass over an expert's weights
-    hidden = torch.empty((pairs, gate.arg.rows), dtype=torch.float32, device="cuda")
-    ops.launch(
-        f"experts_gate_up_{suffix}",
-        (gate.arg.num_bands, most_active),
-        [
-            gate.arg,
-            up.arg,
-            ops.quantized(x),
-            groups,
-            _I32(experts),
-            _I32(top_k),
-            _PTR(hidden.data_ptr()),
-        ],
-    )
-    partial = torch.empty((pairs, down.arg.rows), dtype=torch.float32, device="cuda")
-    ops.launch(
-        f"experts_down_{suffix}",
-        (down.arg.num_bands, most_active),
-        [
-            down.arg,
-            ops.quantized(Rows(hidden, gate.arg.rows)),
-            groups,
-            _I32(experts),
-            _PTR(partial.data_ptr()),
-        ],
-    )
+    words, pairs = _group(ops, ids, gate.num_experts)
+    hidden = cuda_gemv.gate_up(ops, ops.quantized(x), pairs, gate, up)
+    partial = cuda_gemv.down(ops, hidden, pairs, down)
     del words  # only now may its memory be used again: the launches above read it
     out = Rows(torch.empty_like(residual), down.arg.rows)
     out.sum_of = ExpertSum(partial, ids, weights, residual)

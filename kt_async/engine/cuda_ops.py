@@ -15,8 +15,9 @@ from typing import Protocol
 
 import torch
 
+from kt_async.engine import cuda_gemv
 from kt_async.engine.cpu_program import rope_frequencies
-from kt_async.engine.cuda_args import ActsArg, OutputsArg, RopeArg
+from kt_async.engine.cuda_args import ActsArg, RopeArg
 from kt_async.engine.cuda_kv import FP8, KvPages
 from kt_async.engine.cuda_overlap import OverlappedExperts
 from kt_async.engine.cuda_router import Router, add_experts, add_experts_and_norm
@@ -35,10 +36,8 @@ from kt_async.engine.cuda_values import (
 from kt_async.ffi.cuda import KernelArgument, Kernels
 from kt_async.model.ops import AttentionShape, Routing
 
-MAX_GEMV_ROWS = 16  # of one launch
 _MIN_DENSE_ROWS = 256
 _MAX_LOGIT_ROWS = 64  # that are multiplied like decode rows, whatever the step
-_GEMV_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)  # kernels that exist
 _THREADS = 256
 _WARP = 32
 _MAX_GROUP = 3  # matrices of one launch
@@ -333,7 +332,7 @@ class CudaOps:
         if x.q is None:
             made = self.prepared(x.count, x.width, f32=False, q=True)
             self._prepare(x, made)
-            x.q, x.scale, x.sum16 = made.q, made.scale, made.sum16
+            x.q, x.meta = made.q, made.meta
         return acts_arg(x)
 
     def as_bf16(self, x: Rows) -> torch.Tensor:
@@ -359,8 +358,7 @@ class CudaOps:
         shape = (matrix.num_experts, matrix.arg.rows, matrix.arg.cols)
         if out is None:
             out = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
-        grid = (matrix.arg.num_bands, matrix.num_experts)
-        self._launch("dequantize", grid, _THREADS, [matrix.arg, _PTR(out.data_ptr())])
+        cuda_gemv.dequantize(self, matrix, out)
         return out
 
     # ---- internals
@@ -373,35 +371,9 @@ class CudaOps:
         residual: torch.Tensor | None,
     ) -> list[Rows]:
         """Up to three matrices in one launch; residual is added to the first."""
-        rows = x.count
-        self.quantized(x)
-        last = (rows - 1) // MAX_GEMV_ROWS * MAX_GEMV_ROWS  # where the last launch begins
-        padded = last + next(n for n in _GEMV_ROWS if n >= rows - last)
-        if padded != rows:  # the kernels read whole rows: room rather than a branch per row
-            self._pad(x, padded)
-            if residual is not None:
-                residual = torch.nn.functional.pad(residual, (0, 0, 0, padded - rows))
-        outs = [self._empty(padded, m.arg.rows) for m in matrices]
-        for first in range(0, padded, MAX_GEMV_ROWS):
-            arg = OutputsArg()
-            for i, (matrix, bias, out) in enumerate(zip(matrices, biases, outs, strict=True)):
-                arg.w[i] = matrix.arg
-                arg.out[i] = out[first:].data_ptr()
-                arg.bias[i] = address(bias)
-            arg.residual = None if residual is None else residual[first:].data_ptr()
-            bands = sum(m.arg.num_bands for m in matrices)
-            count = min(MAX_GEMV_ROWS, padded - first)
-            self._launch(f"multiply_{count}", (bands, 1), _THREADS, [arg, acts_arg(x, first)])
-        return [Rows(out[:rows], out.shape[1]) for out in outs]
-
-    def _pad(self, x: Rows, rows: int) -> None:
-        assert x.q is not None
-        assert x.scale is not None
-        assert x.sum16 is not None
-        extra = rows - x.q.shape[0]
-        if extra > 0:
-            pad = torch.nn.functional.pad
-            x.q, x.scale, x.sum16 = (pad(t, (0, 0, 0, extra)) for t in (x.q, x.scale, x.sum16))
+        acts = self.quantized(x)
+        outs = cuda_gemv.multiply(self, acts, x.count, matrices, biases, residual)
+        return [Rows(out, out.shape[1]) for out in outs]
 
     def _dense(self, matrix: Weight) -> torch.Tensor:
         if isinstance(matrix, FloatMatrix):
@@ -422,9 +394,8 @@ class CudaOps:
         small = self.few if q is None else q
         out = Rows(self._empty(rows, width) if f32 else None, width)
         if small:
-            out.q = torch.empty((rows, width), dtype=torch.int8, device="cuda")
-            out.scale = self._empty(rows, width // 32)
-            out.sum16 = self._empty(rows, width // 16)
+            out.q = torch.empty((width // 32, rows, 32), dtype=torch.int8, device="cuda")
+            out.meta = torch.empty((width // 32, rows, 4), dtype=torch.float32, device="cuda")
         elif f32:
             out.bf16 = torch.empty((rows, width), dtype=torch.bfloat16, device="cuda")
         return out

@@ -70,9 +70,8 @@ class Rows:
     f32: torch.Tensor | None
     width: int
     bf16: torch.Tensor | None = None
-    q: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
-    sum16: torch.Tensor | None = None
+    q: torch.Tensor | None = None  # int8 [width / 32, rows, 32]
+    meta: torch.Tensor | None = None  # f32 [width / 32, rows, 4]: struct Acts of linear.cu
     norm_of: NormOf | None = None
     sum_of: ExpertSum | WaitingSum | None = None
 
@@ -108,18 +107,12 @@ def address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def acts_arg(rows: Rows, first: int = 0) -> ActsArg:
-    """The int8 form of rows, from row `first` on, for the kernels."""
-    forms = (rows.q, rows.scale, rows.sum16)
-    return ActsArg(*(address(None if form is None else form[first:]) for form in forms))
+def acts_arg(rows: Rows) -> ActsArg:
+    """The int8 form of rows for the kernels; null if there is none."""
+    count = 0 if rows.q is None else rows.q.shape[1]
+    return ActsArg(address(rows.q), address(rows.meta), count)
 
 
 def prepared_arg(rows: Rows) -> PreparedArg:
     """Every form that rows has room for."""
-    return PreparedArg(
-        address(rows.f32),
-        address(rows.bf16),
-        address(rows.q),
-        address(rows.scale),
-        address(rows.sum16),
-    )
+    return PreparedArg(address(rows.f32), address(rows.bf16), acts_arg(rows))

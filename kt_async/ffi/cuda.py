@@ -20,9 +20,20 @@ KernelArgument = Any
 
 _COMPUTE_CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_x
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_x
+_SHARED_WITHOUT_ASKING = 48 << 10  # bytes
 _FIRST_WITH_DEPENDENT_LAUNCH = 9  # compute capability
 
-_SOURCES = ("linear.cu", "step.cu", "prefill.cu", "sample.cu", "attention.cu", "router.cu")
+_SOURCES = (
+    "base.cu",
+    "formats.cu",
+    "linear.cu",
+    "step.cu",
+    "prefill.cu",
+    "sample.cu",
+    "attention.cu",
+    "router.cu",
+)
 _OPTIONS = ("--std=c++17", "-default-device")
 
 
@@ -156,7 +167,7 @@ class Kernels:
     """A loaded module; `launch` puts a kernel on a stream. [engine]
 
     overlaps: kernels start while their predecessor ends (programmatic dependent launch, see
-    wait_for_previous in linear.cu); on by itself where the GPU can.
+    wait_for_previous in base.cu); on by itself where the GPU can.
     """
 
     def __init__(self, cubin: bytes) -> None:
@@ -165,6 +176,7 @@ class Kernels:
         self._module = ctypes.c_void_p()
         self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin), "load")
         self._functions: dict[str, ctypes.c_void_p] = {}
+        self._allowed: dict[str, int] = {}  # kernel -> bytes of shared memory asked for
         self.overlaps = self._compute_capability() >= _FIRST_WITH_DEPENDENT_LAUNCH
 
     def _compute_capability(self) -> int:
@@ -198,9 +210,12 @@ class Kernels:
             ctypes.pointer(self._attribute),
             int(self.overlaps),
         )
-        status = self._driver.cuLaunchKernelEx(
-            ctypes.byref(config), self._function(name), pointers, None
-        )
+        function = self._function(name)
+        if shared_bytes > _SHARED_WITHOUT_ASKING and shared_bytes > self._allowed.get(name, 0):
+            status = self._driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes)
+            self._check(status, name)
+            self._allowed[name] = shared_bytes
+        status = self._driver.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None)
         self._check(status, name)
 
     def _function(self, name: str) -> ctypes.c_void_p:

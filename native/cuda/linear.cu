@@ -1,263 +1,301 @@
 // linear.cu: quantised matrix times few rows on the GPU, straight from R16 bands.
 //
 // The bands are the bytes the CPU kernels use (native/src/kernels/layout.h), so an expert moves
-// between CPU and GPU without conversion. Header-free: compiled at start-up by NVRTC.
+// between CPU and GPU without conversion. Compiled at start-up by NVRTC after formats.cu.
 //
-// Mapping: one block of 256 threads owns one band (16 output rows). A half warp takes one 32-column
-// block at a time, lane r = row r, so that its four loads are whole 64-byte lines. Integer dots of
-// 16 columns are exact; the f32 part of a block is
-//     scale_x * (s0 * dot0 + s1 * dot1) - (m0 * sum0 + m1 * sum1)
-// as on the CPU. Partial sums of the 16 half warps are added in a fixed order.
+// Mapping: `split` warps share a band (16 output rows) and take its tiles of 256 columns, copied to
+// shared memory a few tiles ahead. A tile's 32-column blocks meet 1, 2, 4 or 8 rows of activations
+// in integer matrix instructions; with less than 8 rows the right operand's columns hold several
+// blocks, each against the rows, so that every lane ends up with sums of its own. Integer dots of a
+// block are exact; the f32 part of a block is
+//     sum += (scale_x * s) * dot;  sum -= m * sum_x
+// and blocks are added in an order that depends on the matrix alone: a band has `parts` sums, part
+// v of tiles v, v + parts, ..., each of four sums by block number mod 4, added ((0 + 1) + (2 + 3));
+// then the parts in turn. A row's result is therefore the same whatever runs beside it.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef signed char i8;
-typedef long long i64;
-
-// Programmatic dependent launch: a kernel may start while the one before it ends. Every kernel
-// calls wait_for_previous() before it touches what an earlier kernel wrote (weights and the step's
-// metadata are not that) and before it writes anything; release_next() lets the next one start
-// early. Both do nothing before sm_90, where kernels are launched one after another.
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void release_next() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-constexpr int kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8, kQ4_K = 12, kQ5_K = 13,
-              kQ6_K = 14, kIQ4_NL = 20, kIQ4_XS = 23, kMXFP4 = 39;
 constexpr int kThreads = 256;
-constexpr int kHalfWarps = kThreads / 16;
+constexpr int kMaxThreads = 512;
 
-// As filled by the host (engine/cuda_kernels.py).
-struct Matrix {
-  const u8* data;
-  i64 band_bytes;
-  i64 expert_bytes;
-  int type, rows, cols, num_bands;
+// How the host cut a launch (engine/cuda_gemv.py). Dynamic shared memory: part_floats partial sums
+// for each part of each band of a block, then for each warp `stages` (1 .. 4) stages of
+// stage_bytes.
+struct Cut {
+  int parts, split;  // split divides parts, parts <= tiles
+  int stages, stage_bytes, part_floats;
+  int bands_shift;  // a block does 1 << bands_shift bands
 };
 
-// Activations of a step, one row after another.
+// Sums of part v of a block's band b: at column * 17 + row.
+__device__ __forceinline__ float* part_of(const Cut& cut, int b, int v) {
+  return reinterpret_cast<float*>(shared_memory) + (b * cut.parts + v) * cut.part_floats;
+}
+__device__ __forceinline__ u8* stages_of(const Cut& cut, int warp) {
+  const int sums = (cut.parts * cut.part_floats * 4) << cut.bands_shift;
+  return shared_memory + sums + warp * cut.stages * cut.stage_bytes;
+}
+// A value of a band, its parts added in turn.
+__device__ __forceinline__ float sum_parts(const Cut& cut, int b, int column, int r) {
+  float sum = 0.0f;
+  for (int v = 0; v < cut.parts; ++v) {
+    sum += part_of(cut, b, v)[column * 17 + r];
+  }
+  return sum;
+}
+
+// Quantised activations [M, cols] in 32-column blocks, the rows side by side within a block, so
+// that a tile's loads lie together.
 struct Acts {
-  const i8* q;         // [M, cols]
-  const float* scale;  // [M, cols / 32]
-  const float* sum16;  // [M, cols / 16] scale * sum of 16 q
+  i8* q;         // [cols / 32, M, 32]
+  float4* meta;  // [cols / 32, M]: scale, scale * sum of the first 16 q, of the other 16, of all
+  int rows;      // M of the layout
 };
 
-__device__ __forceinline__ float half_at(const u8* p) {
-  float f;
-  const u16 h = *reinterpret_cast<const u16*>(p);
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-  return f;
-}
-__device__ __forceinline__ u32 word_at(const u8* p) {
-  return __ldcs(reinterpret_cast<const u32*>(p));
-}
-
-// One row's 32 columns: weight = s * q - m with s, m per 16 columns.
-struct Block {
-  int q[8];
-  float s0, s1, m0, m1;
+// Where a lane's rows of a tile of N columns lie: one to multiply, two to scale.
+struct TileRows {
+  u32 multiply;
+  u32 scale[2];
 };
 
-__device__ __forceinline__ void load_nibbles(const u8* lines, int r, Block& out) {
+// row(i): the activation row of column i < N.
+template <int N, typename Row>
+__device__ __forceinline__ TileRows tile_rows(Row row) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  return {(u32)(row(g % N) * 32 + 8 * t), {(u32)row(2 * t % N), (u32)row(2 * t % N + 1)}};
+}
+
+// What a lane reads of the activations for one tile of N columns, which meets 8 / N blocks.
+struct Inputs {
+  uint2 q;
+  float4 meta[2];
+};
+
+// The block of tile p of a unit that the lane's results belong to.
+template <int N>
+__device__ __forceinline__ int own_block(int p) {
+  return p * (8 / N) + 2 * (threadIdx.x & 3) / N;
+}
+
+// Tile p of unit u.
+template <int N, int kLive>
+__device__ __forceinline__ void load_inputs(const Acts& x, int num_blocks, int u, int p,
+                                            const TileRows& rows, Inputs& out) {
+  const int g = (threadIdx.x & 31) >> 2;
+  const int b = min(4 * u + p * (8 / N) + g / N, num_blocks - 1);
+  out.q = __ldg(reinterpret_cast<const uint2*>(x.q + (u32)(b * x.rows * 32 + rows.multiply)));
+  const int own = min(4 * u + own_block<N>(p), num_blocks - 1);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const u32 w = word_at(lines + i * 64 + r * 4);
-    out.q[2 * i] = w & 0x0f0f0f0f;
-    out.q[2 * i + 1] = (w >> 4) & 0x0f0f0f0f;
+  for (int i = 0; i < kLive; ++i) {
+    out.meta[i] = __ldg(x.meta + (u32)(own * x.rows + rows.scale[i]));
   }
 }
 
-// q holds four table indices 0..15 as bytes.
-__device__ __forceinline__ int look_up(int q, const u32* table) {
-  const u32 pairs = q | (q >> 4);
-  const u32 select = (pairs & 0xff) | ((pairs >> 8) & 0xff00);
-  const u32 low = __byte_perm(table[0], table[1], select & 0x7777);
-  const u32 high = __byte_perm(table[2], table[3], select & 0x7777);
-  const u32 mask = ((q >> 3) & 0x01010101) * 0xff;
-  return (low & ~mask) | (high & mask);
-}
+// An integer of less than 23 bits in a float's mantissa: adding to the bits counts ones.
+constexpr int kMagicBits = 0x4b400000;
+constexpr float kMagic = 12582912.0f;
 
-__device__ __forceinline__ void scale_min_k(const u8* planes, int s, int r, int& sc, int& mn) {
-  if (s < 4) {
-    sc = planes[s * 16 + r] & 63;
-    mn = planes[(s + 4) * 16 + r] & 63;
-  } else {
-    const int both = planes[(s + 4) * 16 + r];
-    sc = (both & 15) | (planes[(s - 4) * 16 + r] >> 6) << 4;
-    mn = (both >> 4) | (planes[s * 16 + r] >> 6) << 4;
-  }
-}
-
+// One result's share of a block.
 template <int kType>
-__device__ __forceinline__ constexpr int tile_bytes() {
-  return kType == kQ4_0 || kType == kIQ4_NL || kType == kQ4_K ? 2304
-         : kType == kQ4_1                                     ? 2560
-         : kType == kQ5_0 || kType == kQ5_K                   ? 2816
-         : kType == kQ5_1                                     ? 3072
-         : kType == kQ6_K                                     ? 3328
-         : kType == kQ8_0                                     ? 4352
-                                                              : 2176;
-}
-
-// Block b (of 32 columns) of row r.
-template <int kType>
-__device__ __forceinline__ void load_block(const u8* band, int cols, int b, int r, Block& out) {
-  const int tile_idx = b >> 3, s = b & 7;
-  const u8* tile = band + (i64)tile_idx * tile_bytes<kType>();
+__device__ __forceinline__ float add_block(float sum, const float4& x, const Scales<kType>& w,
+                                           int r, int first, int second) {
+  const float dot = __int_as_float(first) - kMagic;
+  sum = __fmaf_rn(__fmul_rn(x.x, w.s[r][0]), dot, sum);
   if constexpr (kType == kQ6_K) {
-    tile += (cols / 256 * 32 + 63) / 64 * 64;
+    const float other = __int_as_float(second) - kMagic;
+    sum = __fmaf_rn(__fmul_rn(x.x, w.s[r][1]), other, sum);
+    sum = __fmaf_rn(__fmul_rn(-32.0f, w.s[r][0]), x.y, sum);
+    return __fmaf_rn(__fmul_rn(-32.0f, w.s[r][1]), x.z, sum);
+  } else if constexpr (has_min<kType>()) {
+    return __fmaf_rn(-w.m[r], x.w, sum);
   }
-  const int left = cols / 32 - tile_idx * 8;
-  const int nb = left < 8 ? left : 8;  // blocks of this tile
-  if constexpr (kType == kQ8_0) {
+  return sum;
+}
+
+// Adds the products of a unit with tile p of each of the T groups of N rows. kLive of a lane's two
+// columns exist.
+template <int kType, int N, int T, int kLive>
+__device__ __forceinline__ void add_tile(const Unit<kType>& unit, const Scales<kType>& mine, int p,
+                                         const Inputs (&x)[T], float (&sum)[T][N / 2][2][2]) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  constexpr int kChain = 8 / N, kHalves = kType == kQ6_K ? 2 : 1;
+  int dot[T][kHalves][4];
 #pragma unroll
-    for (int g = 0; g < 8; ++g) {
-      out.q[g] = word_at(tile + (s * 8 + g) * 64 + r * 4);
-    }
-    out.s0 = out.s1 = half_at(tile + nb * 512 + s * 32 + r * 2);
-    out.m0 = out.m1 = 0.0f;
-    return;
-  } else {
-    load_nibbles(tile + s * 256, r, out);
-  }
-  if constexpr (kType == kQ4_K || kType == kQ5_K) {
-    const u8* end = tile + (kType == kQ4_K ? 2048 : 2560);
-    int sc, mn;
-    scale_min_k(end, s, r, sc, mn);
-    out.s0 = out.s1 = half_at(end + 192 + r * 2) * sc;
-    out.m0 = out.m1 = half_at(end + 224 + r * 2) * mn;
-    if constexpr (kType == kQ5_K) {
-      const u32 top = word_at(tile + 2048 + s * 64 + r * 4);
+  for (int c = 0; c < kChain; ++c) {
+    u32 a[4];
+    decode_block<kType>(unit, p * kChain + c, t, a);
 #pragma unroll
-      for (int p = 0; p < 8; ++p) {
-        out.q[p] |= ((top >> p) & 0x01010101) << 4;
+    for (int i = 0; i < T; ++i) {
+      const uint2 zero = make_uint2(0, 0);
+      const uint2 b = kChain == 1 || g / N == c ? x[i].q : zero;
+      const int none[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        const uint2 part = kHalves == 1 || (t < 2) == (h == 0) ? b : zero;
+        if (c == 0) {
+          multiply_tile(dot[i][h], a, part, none);
+        } else {
+          multiply_tile(dot[i][h], a, part, dot[i][h]);
+        }
       }
     }
-  } else if constexpr (kType == kQ6_K) {
+  }
+  const Scales<kType> w = N == 2 ? mine : scales_from<kType>(mine, (lane & ~3) | own_block<N>(p));
+#pragma unroll
+  for (int i = 0; i < T; ++i) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int k = 0; k < kLive; ++k) {
+        sum[i][p][r][k] = add_block<kType>(sum[i][p][r][k], x[i].meta[k], w, r,
+                                           dot[i][0][2 * r + k], dot[i][kHalves - 1][2 * r + k]);
+      }
+    }
+  }
+}
+
+// The tiles of a warp in turn: those of part v, v + split, ...
+struct TileOrder {
+  int v, tile;
+
+  __device__ __forceinline__ void advance(const Cut& cut, int tiles) {
+    tile += cut.parts;
+    if (tile >= tiles) {
+      v += cut.split;
+      tile = v;
+    }
+  }
+};
+
+// Leaves a part's sums of T groups of N rows in part[column * 17 + row].
+template <int N, int T, int kLive>
+__device__ __forceinline__ void store_part(const float (&sum)[T][N / 2][2][2], float* part) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int i = 0; i < T; ++i) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int k = 0; k < kLive; ++k) {
+        float total;
+        if constexpr (N == 8) {
+          total = __fadd_rn(__fadd_rn(sum[i][0][r][k], sum[i][1][r][k]),
+                            __fadd_rn(sum[i][2][r][k], sum[i][3][r][k]));
+        } else if constexpr (N == 4) {
+          const float low = sum[i][0][r][k], high = sum[i][1][r][k];
+          total = __fadd_rn(__fadd_rn(low, __shfl_xor_sync(~0u, low, 2)),
+                            __fadd_rn(high, __shfl_xor_sync(~0u, high, 2)));
+        } else {
+          total = sum[i][0][r][k];
+          total = __fadd_rn(total, __shfl_xor_sync(~0u, total, 1));
+          total = __fadd_rn(total, __shfl_xor_sync(~0u, total, 2));
+        }
+        if (2 * t < N) {
+          part[(i * N + 2 * t + k) * 17 + 2 * g + r] = total;
+        }
+      }
+    }
+  }
+}
+
+// Dot products of the parts first, first + split, ... of a block's band b with T groups of N rows.
+// kWaits: the activations come from the kernel before, the weights do not.
+template <int kType, int N, int T, int kLive, bool kWaits>
+__device__ __forceinline__ void dot_tiles(const u8* band, int cols, const Acts& x,
+                                          const TileRows (&rows)[T], int first, const Cut& cut,
+                                          u8* stages, int b) {
+  const int num_blocks = cols / 32, tiles = (cols + 255) / 256;
+  constexpr bool kEarly = N * T <= 4;  // few enough registers for a tile's inputs
+  TileOrder ahead = {first, first}, now = ahead;
+  for (int d = 0; d < cut.stages; ++d) {
+    if (ahead.v < cut.parts) {
+      copy_tile<kType>(stages + d * cut.stage_bytes, band, cols, ahead.tile);
+      ahead.advance(cut, tiles);
+    }
+    end_copies();
+  }
+  if (kWaits) {
+    wait_for_previous();
+  }
+  float sum[T][N / 2][2][2] = {};
+  u8* stage = stages;
+  while (now.v < cut.parts) {
+    const int tile = now.tile, nb = blocks_of_tile<kType>(cols, tile);
+    Inputs early[2][kEarly ? N / 2 : 1][T];
+    if (kEarly) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int i = 0; i < T; ++i) {
+          load_inputs<N, kLive>(x, num_blocks, 2 * tile + n / (N / 2), n % (N / 2), rows[i],
+                                early[n / (N / 2)][kEarly ? n % (N / 2) : 0][i]);
+        }
+      }
+    }
+    wait_for_copies(cut.stages - 1);
+    __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const u32 top = word_at(tile + 2048 + (2 * s + half) * 64 + r * 4);
+      if (!has_whole_tiles<kType>() && half * kUnitBlocks >= nb) {
+        break;
+      }
+      Unit<kType> unit;
+      load_unit<kType>(stage, stage + tile_bytes<kType>(), nb, half, unit);
+      const Scales<kType> mine = scales_of<kType>(unit, nb, half);
 #pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        out.q[4 * half + p] |= ((top >> (2 * p)) & 0x03030303) << 4;
+      for (int p = 0; p < N / 2; ++p) {
+        if (kEarly) {
+          add_tile<kType, N, T, kLive>(unit, mine, p, early[half][kEarly ? p : 0], sum);
+        } else {
+          Inputs inputs[T];
+#pragma unroll
+          for (int i = 0; i < T; ++i) {
+            load_inputs<N, kLive>(x, num_blocks, 2 * tile + half, p, rows[i], inputs[i]);
+          }
+          add_tile<kType, N, T, kLive>(unit, mine, p, inputs, sum);
+        }
       }
     }
-    const float d = half_at(band + tile_idx * 32 + r * 2);
-    out.s0 = d * (i8)tile[3072 + 2 * s * 16 + r];
-    out.s1 = d * (i8)tile[3072 + (2 * s + 1) * 16 + r];
-    out.m0 = 32.0f * out.s0;
-    out.m1 = 32.0f * out.s1;
-  } else if constexpr (kType == kIQ4_XS) {
-    const int low = tile[2048 + (s >> 1) * 16 + r] >> (4 * (s & 1)) & 15;
-    const int high = *reinterpret_cast<const u16*>(tile + 2144 + r * 2) >> (2 * s) & 3;
-    out.s0 = out.s1 = half_at(tile + 2112 + r * 2) * ((low | high << 4) - 32);
-    out.m0 = out.m1 = 0.0f;
-  } else if constexpr (kType == kQ5_0 || kType == kQ5_1) {
-    const u32 top = word_at(tile + nb * 256 + s * 64 + r * 4);
-#pragma unroll
-    for (int p = 0; p < 8; ++p) {
-      out.q[p] |= ((top >> p) & 0x01010101) << 4;
+    __syncwarp();
+    if (ahead.v < cut.parts) {
+      copy_tile<kType>(stage, band, cols, ahead.tile);
+      ahead.advance(cut, tiles);
     }
-    out.s0 = out.s1 = half_at(tile + nb * 320 + s * 32 + r * 2);
-    out.m0 = out.m1 = kType == kQ5_0 ? 16.0f * out.s0 : -half_at(tile + nb * 352 + s * 32 + r * 2);
-  } else if constexpr (kType == kMXFP4) {
-    const int e = tile[nb * 256 + s * 16 + r];
-    out.s0 = out.s1 = e < 2 ? __int_as_float(0x00200000 << e) : __int_as_float((e - 1) << 23);
-    out.m0 = out.m1 = 0.0f;
-  } else {  // Q4_0, Q4_1, IQ4_NL
-    out.s0 = out.s1 = half_at(tile + nb * 256 + s * 32 + r * 2);
-    out.m0 = out.m1 = kType == kQ4_0   ? 8.0f * out.s0
-                      : kType == kQ4_1 ? -half_at(tile + nb * 288 + s * 32 + r * 2)
-                                       : 0.0f;
-  }
-  if constexpr (kType == kIQ4_NL || kType == kIQ4_XS) {
-    // -127 -104 -83 -65 | -49 -35 -22 -10 | 1 13 25 38 | 53 69 89 113
-    const u32 table[4] = {0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u};
-#pragma unroll
-    for (int p = 0; p < 8; ++p) {
-      out.q[p] = look_up(out.q[p], table);
+    end_copies();
+    stage += cut.stage_bytes;
+    if (stage == stages + cut.stages * cut.stage_bytes) {
+      stage = stages;
     }
-  } else if constexpr (kType == kMXFP4) {
-    // 0 1 2 3 | 4 6 8 12 | 0 -1 -2 -3 | -4 -6 -8 -12, halves of the E2M1 values
-    const u32 table[4] = {0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu};
+    const int v = now.v;
+    now.advance(cut, tiles);
+    if (now.v != v) {
+      store_part<N, T, kLive>(sum, part_of(cut, b, v));
 #pragma unroll
-    for (int p = 0; p < 8; ++p) {
-      out.q[p] = look_up(out.q[p], table);
-    }
-  }
-}
-
-// Sums of rows [first, first + M) over this half warp's blocks.
-template <int kType, int M>
-__device__ __forceinline__ void dot_band(const u8* band, int cols, const Acts& acts,
-                                         const int* rows, int half_warp, int r, float* acc) {
-  const int nb = cols / 32;
-#pragma unroll 2
-  for (int b = half_warp; b < nb; b += kHalfWarps) {
-    Block w;
-    load_block<kType>(band, cols, b, r, w);
+      for (int i = 0; i < T; ++i) {
 #pragma unroll
-    for (int i = 0; i < M; ++i) {
-      const i64 x = rows != nullptr ? rows[i] : i;
-      const int4* q = reinterpret_cast<const int4*>(acts.q + x * cols + b * 32);
-      const int4 q0 = __ldg(q), q1 = __ldg(q + 1);
-      int dot0 = __dp4a(w.q[0], q0.x, 0), dot1 = __dp4a(w.q[4], q1.x, 0);
-      dot0 = __dp4a(w.q[1], q0.y, dot0);
-      dot1 = __dp4a(w.q[5], q1.y, dot1);
-      dot0 = __dp4a(w.q[2], q0.z, dot0);
-      dot1 = __dp4a(w.q[6], q1.z, dot1);
-      dot0 = __dp4a(w.q[3], q0.w, dot0);
-      dot1 = __dp4a(w.q[7], q1.w, dot1);
-      const float sx = __ldg(acts.scale + x * nb + b);
-      acc[i] += sx * (w.s0 * dot0 + w.s1 * dot1);
-      if constexpr (kType != kQ8_0 && kType != kIQ4_NL && kType != kIQ4_XS && kType != kMXFP4) {
-        const float2 sum = __ldg(reinterpret_cast<const float2*>(acts.sum16 + x * 2 * nb) + b);
-        acc[i] -= w.m0 * sum.x + w.m1 * sum.y;
+        for (int p = 0; p < N / 2; ++p) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            sum[i][p][r][0] = sum[i][p][r][1] = 0.0f;
+          }
+        }
       }
     }
   }
 }
 
-template <int M>
-__device__ __forceinline__ void dot_any(int type, const u8* band, int cols, const Acts& acts,
-                                        const int* rows, int half_warp, int r, float* acc) {
+template <int N, int T, int kLive, bool kWaits>
+__device__ __forceinline__ void dot_any(int type, const u8* band, int cols, const Acts& x,
+                                        const TileRows (&rows)[T], int first, const Cut& cut,
+                                        u8* stages, int b) {
   switch (type) {
 #define KT_CASE(t) \
   case t:          \
-    return dot_band<t, M>(band, cols, acts, rows, half_warp, r, acc);
+    return dot_tiles<t, N, T, kLive, kWaits>(band, cols, x, rows, first, cut, stages, b);
     KT_TYPES(KT_CASE)
 #undef KT_CASE
   }
 }
 
-// Adds the partial sums of the half warps in order; thread t < 16 * M returns row t % 16 of input
-// t / 16.
-template <int M>
-__device__ __forceinline__ float reduce_band(float (*part)[M][17], const float* acc) {
-  const int half_warp = threadIdx.x >> 4, r = threadIdx.x & 15;
-#pragma unroll
-  for (int i = 0; i < M; ++i) {
-    part[half_warp][i][r] = acc[i];
-  }
-  __syncthreads();
-  float sum = 0.0f;
-  if (threadIdx.x < 16 * M) {
-    for (int h = 0; h < kHalfWarps; ++h) {
-      sum += part[h][half_warp][r];
-    }
-  }
-  return sum;
-}
-
-// Up to three matrices with the same input in one launch (q, k, v). grid.x = all their bands.
+// Up to three matrices with the same input in one launch (q, k, v); unused ones have no bands.
 struct Outputs {
   Matrix w[3];
   float* out[3];          // [M, rows]
@@ -265,46 +303,66 @@ struct Outputs {
   const float* residual;  // [M, rows] added to out[0], or null
 };
 
-template <int M>
-__device__ void multiply(const Outputs& p, const Acts& acts) {
-  release_next();
-  wait_for_previous();
-  __shared__ float part[kHalfWarps][M][17];
-  int band = blockIdx.x, which = 0;
-  while (band >= p.w[which].num_bands) {
+// Which matrix a band of all of them belongs to; 3: none. Makes band relative.
+__device__ __forceinline__ int matrix_of(const Outputs& p, int& band) {
+  int which = 0;
+  while (which < 3 && band >= p.w[which].num_bands) {
     band -= p.w[which++].num_bands;
   }
-  const Matrix& w = p.w[which];
-  float acc[M] = {};
-  dot_any<M>(w.type, w.data + band * w.band_bytes, w.cols, acts, nullptr, threadIdx.x >> 4,
-             threadIdx.x & 15, acc);
-  float sum = reduce_band<M>(part, acc);
-  const int row = band * 16 + (threadIdx.x & 15), i = threadIdx.x >> 4;
-  if (i >= M || row >= w.rows) {
-    return;
-  }
-  const i64 at = (i64)i * w.rows + row;
-  if (p.bias[which] != nullptr) {
-    sum += p.bias[which][row];
-  }
-  if (which == 0 && p.residual != nullptr) {
-    sum += p.residual[at];
-  }
-  p.out[which][at] = sum;
+  return which;
 }
 
-#define KT_MULTIPLY(M)                                                                     \
-  extern "C" __global__ void __launch_bounds__(kThreads) multiply_##M(Outputs p, Acts x) { \
-    multiply<M>(p, x);                                                                     \
+// M <= N * T rows. Each block does blockDim / (32 * split) bands.
+template <int N, int T, int kLive>
+__device__ __forceinline__ void multiply(const Outputs& p, const Acts& acts, int M,
+                                         const Cut& cut) {
+  release_next();
+  const int warp = threadIdx.x >> 5, bands = 1 << cut.bands_shift;
+  int band = blockIdx.x * bands + warp / cut.split;
+  const int which = matrix_of(p, band);
+  if (which < 3) {
+    const Matrix& w = p.w[which];
+    TileRows rows[T];
+#pragma unroll
+    for (int i = 0; i < T; ++i) {
+      rows[i] = tile_rows<N>([=](int column) { return min(i * N + column, M - 1); });
+    }
+    dot_any<N, T, kLive, true>(w.type, w.data + band * w.band_bytes, w.cols, acts, rows,
+                               warp % cut.split, cut, stages_of(cut, warp), warp / cut.split);
+  } else {
+    wait_for_previous();
   }
-KT_MULTIPLY(1)
-KT_MULTIPLY(2)
-KT_MULTIPLY(3)
-KT_MULTIPLY(4)
-KT_MULTIPLY(6)
-KT_MULTIPLY(8)
-KT_MULTIPLY(12)
-KT_MULTIPLY(16)
+  __syncthreads();
+  for (int at = threadIdx.x; at < bands * M * 16; at += blockDim.x) {
+    const int r = at & 15, b = (at >> 4) & (bands - 1), i = at >> (4 + cut.bands_shift);
+    int relative = blockIdx.x * bands + b;
+    const int owner = matrix_of(p, relative);
+    const int row = relative * 16 + r;
+    if (owner == 3 || row >= p.w[owner].rows) {
+      continue;
+    }
+    float sum = sum_parts(cut, b, i, r);
+    if (p.bias[owner] != nullptr) {
+      sum += p.bias[owner][row];
+    }
+    const i64 to = (i64)i * p.w[owner].rows + row;
+    if (owner == 0 && p.residual != nullptr) {
+      sum += p.residual[to];
+    }
+    p.out[owner][to] = sum;
+  }
+}
+
+#define KT_MULTIPLY(M, N, T, LIVE)                          \
+  extern "C" __global__ void __launch_bounds__(kMaxThreads) \
+      multiply_##M(Outputs p, Acts x, int rows, Cut cut) {  \
+    multiply<N, T, LIVE>(p, x, rows, cut);                  \
+  }
+KT_MULTIPLY(1, 2, 1, 1)
+KT_MULTIPLY(2, 2, 1, 2)
+KT_MULTIPLY(4, 4, 1, 2)
+KT_MULTIPLY(8, 8, 1, 2)
+KT_MULTIPLY(16, 8, 2, 2)
 
 // The (token, expert) pairs of a step by expert, built by group_pairs.
 struct Groups {
@@ -372,102 +430,168 @@ extern "C" __global__ void __launch_bounds__(1024)
   }
 }
 
-// kGroupRows: pairs of one expert computed per pass over its weights; 1 for steps of one token,
-// whose experts all differ and which need the registers for loads in flight.
-constexpr int kManyRows = 2;
+// Where the pairs of blockIdx.y's expert are: order[first] .. order[end - 1].
+struct Pairs {
+  int expert, first, end;
+};
 
-// rows of x for up to kGroupRows pairs, padded with the first.
-template <int kGroupRows>
-__device__ __forceinline__ int group_rows(const Groups& g, int at, int end, int divisor,
-                                          int* rows) {
-  const int m = min(kGroupRows, end - at);
-#pragma unroll
-  for (int i = 0; i < kGroupRows; ++i) {
-    rows[i] = g.order[at + (i < m ? i : 0)] / divisor;
+// A step of one token: its experts all differ, pair i belongs to ids[i].
+__device__ __forceinline__ Pairs pairs_of(const int* ids) {
+  return {ids[blockIdx.y], (int)blockIdx.y, (int)blockIdx.y + 1};
+}
+__device__ __forceinline__ Pairs pairs_of(const Groups& g, int experts) {
+  if ((int)blockIdx.y >= g.active[experts]) {
+    return {-1, 0, 0};
   }
-  return m;
+  const int expert = g.active[blockIdx.y];
+  return {expert, g.start[expert], g.start[expert + 1]};
 }
 
-// acc = dot products of m <= kGroupRows rows.
-template <int kGroupRows>
-__device__ __forceinline__ void dot_group(int m, const Matrix& w, int expert, int band,
-                                          const Acts& x, const int* rows, float* acc) {
-  const u8* data = w.data + expert * w.expert_bytes + band * w.band_bytes;
-  const int half_warp = threadIdx.x >> 4, r = threadIdx.x & 15;
-  if (kGroupRows > 1 && m > 1) {
-    dot_any<kGroupRows>(w.type, data, w.cols, x, rows, half_warp, r, acc);
+constexpr int kPass = 8;  // pairs of one expert computed per pass over its weights
+
+// Dot products of m <= kPass pairs with a band; pair(i): the activation row of pair i < m.
+template <bool kWaits, typename Row>
+__device__ __forceinline__ void dot_pairs(int m, int type, const u8* band, int cols, const Acts& x,
+                                          Row row, int first, const Cut& cut, u8* stages, int b) {
+  if (m <= 2) {
+    const TileRows rows[1] = {tile_rows<2>(row)};
+    dot_any<2, 1, 2, kWaits>(type, band, cols, x, rows, first, cut, stages, b);
+  } else if (m <= 4) {
+    const TileRows rows[1] = {tile_rows<4>(row)};
+    dot_any<4, 1, 2, kWaits>(type, band, cols, x, rows, first, cut, stages, b);
   } else {
-    dot_any<1>(w.type, data, w.cols, x, rows, half_warp, r, acc);
+    const TileRows rows[1] = {tile_rows<8>(row)};
+    dot_any<8, 1, 2, kWaits>(type, band, cols, x, rows, first, cut, stages, b);
+  }
+}
+template <bool kWaits>
+__device__ __forceinline__ void dot_pair(int type, const u8* band, int cols, const Acts& x, int row,
+                                         int first, const Cut& cut, u8* stages, int b) {
+  const TileRows rows[1] = {tile_rows<2>([=](int) { return row; })};
+  dot_any<2, 1, 1, kWaits>(type, band, cols, x, rows, first, cut, stages, b);
+}
+
+// One lane's value of block b of a row, quantised. A warp calls this for a whole block.
+__device__ __forceinline__ void store_quantized(const Acts& to, int row, int b, float v) {
+  const int lane = threadIdx.x & 31;
+  float largest = fabsf(v);
+#pragma unroll
+  for (int s = 16; s > 0; s >>= 1) {
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, s));
+  }
+  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+  const float scale = largest / 127.0f;
+  const int q = __float2int_rn(v * inverse);
+  int sum = q;
+#pragma unroll
+  for (int s = 8; s > 0; s >>= 1) {
+    sum += __shfl_xor_sync(~0u, sum, s);
+  }
+  const int other = __shfl_xor_sync(~0u, sum, 16);
+  const i64 at = (i64)b * to.rows + row;
+  to.q[at * 32 + lane] = (i8)q;
+  if (lane == 0) {
+    to.meta[at] = make_float4(scale, scale * sum, scale * other, scale * (sum + other));
   }
 }
 
-// h[pair, I] = silu(gate x) * (up x); grid = (bands of gate, most active experts).
-template <int kGroupRows>
+// h[row, I] = silu(gate x) * (up x), quantised; rows are pairs in the order of `order`. grid = (I /
+// 32, most active experts); 4 * split warps: gate and up of two neighbouring bands.
+template <int kRows>
 __device__ __forceinline__ void gate_up(const Matrix& gate, const Matrix& up, const Acts& x,
-                                        const Groups& g, int experts, int top_k, float* h) {
-  release_next();
-  wait_for_previous();
-  __shared__ float part[2][kHalfWarps][kGroupRows][17];
-  if (blockIdx.y >= g.active[experts]) {
+                                        const Pairs& pairs, const int* order, int top_k,
+                                        const Cut& cut, const Acts& h) {
+  if (pairs.expert < 0) {
     return;
   }
-  const int expert = g.active[blockIdx.y], end = g.start[expert + 1];
-  for (int at = g.start[expert]; at < end; at += kGroupRows) {
-    int rows[kGroupRows];
-    const int m = group_rows<kGroupRows>(g, at, end, top_k, rows);
-    float a[kGroupRows] = {}, b[kGroupRows] = {};
-    dot_group<kGroupRows>(m, gate, expert, blockIdx.x, x, rows, a);
-    dot_group<kGroupRows>(m, up, expert, blockIdx.x, x, rows, b);
-    const float gated = reduce_band<kGroupRows>(part[0], a);
-    const float value = reduce_band<kGroupRows>(part[1], b);
-    const int i = threadIdx.x >> 4, row = blockIdx.x * 16 + (threadIdx.x & 15);
-    if (i < m && row < gate.rows) {
-      h[(i64)g.order[at + i] * gate.rows + row] = gated / (1.0f + __expf(-gated)) * value;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, role = warp / cut.split;
+  const bool is_gate = (role & 1) == 0;
+  const int type = is_gate ? gate.type : up.type, cols = gate.cols;
+  const u8* band = (is_gate ? gate.data : up.data) +
+                   pairs.expert * (is_gate ? gate.expert_bytes : up.expert_bytes) +
+                   (2 * blockIdx.x + (role >> 1)) * (is_gate ? gate.band_bytes : up.band_bytes);
+  for (int at = pairs.first; at < pairs.end; at += kPass) {
+    const int m = min(kPass, pairs.end - at);
+    if (kRows == 1) {
+      dot_pair<false>(type, band, cols, x, at / top_k, warp % cut.split, cut, stages_of(cut, warp),
+                      warp / cut.split);
+    } else {
+      dot_pairs<false>(
+          m, type, band, cols, x, [=](int i) { return order[at + min(i, m - 1)] / top_k; },
+          warp % cut.split, cut, stages_of(cut, warp), warp / cut.split);
+    }
+    __syncthreads();
+    for (int i = warp; i < m; i += blockDim.x >> 5) {
+      const int role_of_lane = 2 * (lane >> 4);
+      const float gated = sum_parts(cut, role_of_lane, i, lane & 15);
+      const float other = sum_parts(cut, role_of_lane + 1, i, lane & 15);
+      store_quantized(h, at + i, blockIdx.x, gated / (1.0f + __expf(-gated)) * other);
     }
     __syncthreads();
   }
 }
 
-// y[pair, H] = down h[pair]; grid = (bands of down, most active experts).
-template <int kGroupRows>
-__device__ __forceinline__ void down_rows(const Matrix& down, const Acts& h, const Groups& g,
-                                          int experts, float* y) {
-  release_next();
-  wait_for_previous();
-  __shared__ float part[kHalfWarps][kGroupRows][17];
-  if (blockIdx.y >= g.active[experts]) {
+// y[pair, H] = down h; grid = (bands / bands of a block, most active experts).
+template <int kRows>
+__device__ __forceinline__ void down_rows(const Matrix& down, const Acts& h, const Pairs& pairs,
+                                          const int* order, const Cut& cut, float* y) {
+  if (pairs.expert < 0) {
+    wait_for_previous();
     return;
   }
-  const int expert = g.active[blockIdx.y], end = g.start[expert + 1];
-  for (int at = g.start[expert]; at < end; at += kGroupRows) {
-    int rows[kGroupRows];
-    const int m = group_rows<kGroupRows>(g, at, end, 1, rows);
-    float acc[kGroupRows] = {};
-    dot_group<kGroupRows>(m, down, expert, blockIdx.x, h, rows, acc);
-    const float sum = reduce_band<kGroupRows>(part, acc);
-    const int i = threadIdx.x >> 4, row = blockIdx.x * 16 + (threadIdx.x & 15);
-    if (i < m && row < down.rows) {
-      y[(i64)rows[i] * down.rows + row] = sum;
+  const int warp = threadIdx.x >> 5, bands = 1 << cut.bands_shift;
+  const int band = blockIdx.x * bands + warp / cut.split;
+  const u8* data = down.data + pairs.expert * down.expert_bytes + band * down.band_bytes;
+  for (int at = pairs.first; at < pairs.end; at += kPass) {
+    const int m = min(kPass, pairs.end - at);
+    if (band < down.num_bands) {
+      if (kRows == 1) {
+        dot_pair<true>(down.type, data, down.cols, h, at, warp % cut.split, cut,
+                       stages_of(cut, warp), warp / cut.split);
+      } else {
+        dot_pairs<true>(
+            m, down.type, data, down.cols, h, [=](int i) { return at + min(i, m - 1); },
+            warp % cut.split, cut, stages_of(cut, warp), warp / cut.split);
+      }
+    }
+    __syncthreads();
+    for (int n = threadIdx.x; n < bands * m * 16; n += blockDim.x) {
+      const int r = n & 15, b = (n >> 4) & (bands - 1), i = n >> (4 + cut.bands_shift);
+      const int row = (blockIdx.x * bands + b) * 16 + r;
+      if (row < down.rows) {
+        const i64 pair = kRows == 1 ? at : order[at + i];
+        y[pair * down.rows + row] = sum_parts(cut, b, i, r);
+      }
     }
     __syncthreads();
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 4)
-    experts_gate_up_1(Matrix gate, Matrix up, Acts x, Groups g, int experts, int top_k, float* h) {
-  gate_up<1>(gate, up, x, g, experts, top_k, h);
+// The kernels below release the next one only once the one before has ended, so that the next may
+// read which experts there are, and ask for their weights, before this one ends.
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
+    experts_gate_up_1(Matrix gate, Matrix up, Acts x, const int* ids, Cut cut, Acts h) {
+  wait_for_previous();
+  release_next();
+  gate_up<1>(gate, up, x, pairs_of(ids), nullptr, gridDim.y, cut, h);
 }
-extern "C" __global__ void __launch_bounds__(kThreads, 3)
-    experts_gate_up_2(Matrix gate, Matrix up, Acts x, Groups g, int experts, int top_k, float* h) {
-  gate_up<kManyRows>(gate, up, x, g, experts, top_k, h);
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    experts_gate_up_n(Matrix gate, Matrix up, Acts x, Groups g, int experts, int top_k, Cut cut,
+                      Acts h) {
+  wait_for_previous();
+  release_next();
+  gate_up<kPass>(gate, up, x, pairs_of(g, experts), g.order, top_k, cut, h);
 }
-extern "C" __global__ void __launch_bounds__(kThreads, 4)
-    experts_down_1(Matrix down, Acts h, Groups g, int experts, float* y) {
-  down_rows<1>(down, h, g, experts, y);
+// These wait for the activations in dot_tiles.
+extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
+    experts_down_1(Matrix down, Acts h, const int* ids, Cut cut, float* y) {
+  release_next();
+  down_rows<1>(down, h, pairs_of(ids), nullptr, cut, y);
 }
-extern "C" __global__ void __launch_bounds__(kThreads, 3)
-    experts_down_2(Matrix down, Acts h, Groups g, int experts, float* y) {
-  down_rows<kManyRows>(down, h, g, experts, y);
+extern "C" __global__ void __launch_bounds__(kMaxThreads)
+    experts_down_n(Matrix down, Acts h, Groups g, int experts, Cut cut, float* y) {
+  release_next();
+  down_rows<kPass>(down, h, pairs_of(g, experts), g.order, cut, y);
 }
 
 // out[t] = residual[t] + sum over k of weight[t, k] * y[t * top_k + k], k in order; grid = (T, n).
@@ -515,51 +639,25 @@ extern "C" __global__ void router_logits(const float* x, const float* w, int col
   }
 }
 
-__device__ __forceinline__ u32 bf16_pair(float low, float high) {
-  u32 packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
-
-template <int kType>
-__device__ __forceinline__ void dequantize_block(const u8* band, int cols, int b, int r, u16* out) {
-  Block w;
-  load_block<kType>(band, cols, b, r, w);
-#pragma unroll
-  for (int i = 0; i < 8; i += 2) {
-    const float s = i < 4 ? w.s0 : w.s1, m = i < 4 ? w.m0 : w.m1;
-    u32 packed[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int q = w.q[i + j / 2], shift = 16 * (j & 1);
-      packed[j] = bf16_pair(s * (i8)(q >> shift) - m, s * (i8)(q >> (shift + 8)) - m);
-    }
-    reinterpret_cast<uint4*>(out)[i / 2] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+// A band's rows as bf16, from row `first` of the matrix `to` on; rows beyond it are not written.
+__device__ __forceinline__ void dequantize_band(const Matrix& w, const u8* band, int first,
+                                                u16* to) {
+  const int warps = blockDim.x >> 5, units = (w.cols / 32 + kUnitBlocks - 1) / kUnitBlocks;
+  for (int u = threadIdx.x >> 5; u < units; u += warps) {
+    decode_any(w.type, band, w.cols, u, [=](int r, int column, const float (&v)[8]) {
+      if (first + r < w.rows) {
+        *reinterpret_cast<uint4*>(to + (i64)(first + r) * w.cols + column) =
+            make_uint4(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]),
+                       bf16_pair(v[6], v[7]));
+      }
+    });
   }
 }
 
-__device__ __forceinline__ void dequantize_any(int type, const u8* band, int cols, int b, int r,
-                                               u16* out) {
-  switch (type) {
-#define KT_CASE(t) \
-  case t:          \
-    return dequantize_block<t>(band, cols, b, r, out);
-    KT_TYPES(KT_CASE)
-#undef KT_CASE
-  }
-}
-
-// out bf16 [experts, rows, cols]; grid = (bands, experts). Rows beyond the matrix are not written.
+// out bf16 [experts, rows, cols]; grid = (bands, experts).
 extern "C" __global__ void __launch_bounds__(kThreads) dequantize(Matrix w, u16* out) {
   release_next();
   wait_for_previous();
   const u8* band = w.data + blockIdx.y * w.expert_bytes + blockIdx.x * w.band_bytes;
-  const int r = threadIdx.x & 15, row = blockIdx.x * 16 + r;
-  if (row >= w.rows) {
-    return;
-  }
-  u16* to = out + ((i64)blockIdx.y * w.rows + row) * w.cols;
-  for (int b = threadIdx.x >> 4; b < w.cols / 32; b += kHalfWarps) {
-    dequantize_any(w.type, band, w.cols, b, r, to + 32 * b);
-  }
+  dequantize_band(w, band, blockIdx.x * 16, out + (i64)blockIdx.y * w.rows * w.cols);
 }

@@ -91,15 +91,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     dequantize_used(Matrix w, const int* ends, i64 stride, u16* out) {
   release_next();
   wait_for_previous();
-  const int e = blockIdx.y, r = threadIdx.x & 15, row = blockIdx.x * 16 + r;
-  if (ends[e] == (e == 0 ? 0 : ends[e - 1]) || row >= w.rows) {
+  const int e = blockIdx.y;
+  if (ends[e] == (e == 0 ? 0 : ends[e - 1])) {
     return;
   }
   const u8* band = w.data + e * w.expert_bytes + blockIdx.x * w.band_bytes;
-  u16* to = out + e * stride + (i64)row * w.cols;
-  for (int b = threadIdx.x >> 4; b < w.cols / 32; b += kHalfWarps) {
-    dequantize_any(w.type, band, w.cols, b, r, to + 32 * b);
-  }
+  dequantize_band(w, band, blockIdx.x * 16, out + e * stride);
 }
 
 __device__ __forceinline__ float bf16_low(u32 pair) { return __int_as_float(pair << 16); }

@@ -59,9 +59,7 @@ __device__ __forceinline__ u16 to_bf16(float f) { return (u16)bf16_pair(f, 0.0f)
 struct Prepared {
   float* f32;  // [T, cols]
   u16* bf16;   // [T, cols]
-  i8* q;       // [T, cols], with scale and sum16: see Acts
-  float* scale;
-  float* sum16;
+  Acts quantized;
 };
 
 // One warp, one 32-column block, one value per lane. Same rounding as the CPU's prepare.
@@ -73,25 +71,8 @@ __device__ __forceinline__ void store_prepared(const Prepared& to, i64 row, int 
   if (to.bf16 != nullptr) {
     to.bf16[row * cols + k] = to_bf16(v);
   }
-  if (to.q == nullptr) {
-    return;
-  }
-  const float largest = warp_max(fabsf(v));
-  const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-  const float scale = largest / 127.0f;
-  const int q = __float2int_rn(v * inverse);
-  to.q[row * cols + k] = (i8)q;
-  int sum = q;
-#pragma unroll
-  for (int s = 8; s > 0; s >>= 1) {
-    sum += __shfl_xor_sync(~0u, sum, s);
-  }
-  const i64 b = row * (cols / 32) + k / 32;
-  if ((threadIdx.x & 15) == 0) {
-    to.sum16[2 * b + (threadIdx.x >> 4 & 1)] = scale * sum;
-  }
-  if ((threadIdx.x & 31) == 0) {
-    to.scale[b] = scale;
+  if (to.quantized.q != nullptr) {
+    store_quantized(to.quantized, row, k / 32, v);
   }
 }
 
@@ -441,12 +422,17 @@ extern "C" __global__ void embed(Matrix table, const int* tokens, const int* sam
     id = sampled[-1 - id];
   }
   const u8* band = table.data + (i64)(id / 16) * table.band_bytes;
-  for (int b = threadIdx.x; b < table.cols / 32; b += blockDim.x) {
-    u16 out[32];
-    dequantize_any(table.type, band, table.cols, b, id % 16, out);
-    for (int k = 0; k < 32; ++k) {
-      x[(i64)blockIdx.x * table.cols + 32 * b + k] = __uint_as_float((u32)out[k] << 16);
-    }
+  float* to = x + (i64)blockIdx.x * table.cols;
+  const int row = id % 16, units = (table.cols / 32 + kUnitBlocks - 1) / kUnitBlocks;
+  for (int u = threadIdx.x >> 5; u < units; u += blockDim.x >> 5) {
+    decode_any(table.type, band, table.cols, u, [=](int r, int column, const float (&v)[8]) {
+      if (r == row) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          to[column + i] = v[i];
+        }
+      }
+    });
   }
 }
 

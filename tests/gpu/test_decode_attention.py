@@ -147,15 +147,16 @@ def test_attention_is_torchs_and_does_not_depend_on_other_rows(
     error = ((ours - expected).norm(dim=-1) / expected.norm(dim=-1)).amax(1)
     print({n: f"{e:.1e}" for n, e in zip(LENGTHS, error.tolist(), strict=True)})
     assert error.max() < 6e-3  # weights round to bf16
-    blocks = together.f32.view(len(LENGTHS), -1, 32)
+    blocks = together.f32.view(len(LENGTHS), -1, 32).transpose(0, 1)
     scale = blocks.abs().amax(2) / 127
-    assert torch.allclose(together.scale, scale)
-    back = together.q.view_as(blocks) * together.scale.unsqueeze(2)
+    assert torch.allclose(together.meta[:, :, 0], scale)
+    back = together.q * together.meta[:, :, :1]
     assert (back - blocks).abs().max() <= scale.max() * 0.51
     for row in range(len(LENGTHS)):
         alone = case.run([row])
-        for form in ("f32", "q", "scale", "sum16"):
-            assert torch.equal(getattr(alone, form)[0], getattr(together, form)[row])
+        assert torch.equal(alone.f32[0], together.f32[row])
+        for form in ("q", "meta"):
+            assert torch.equal(getattr(alone, form)[:, 0], getattr(together, form)[:, row])
     reverse = case.run(list(reversed(range(len(LENGTHS)))))
     assert torch.equal(reverse.f32.flip(0), together.f32)
     many = case.run(list(range(len(LENGTHS))) * 6)  # more rows than a warp looks at once

@@ -40,15 +40,16 @@ def normed(ops: Any, x: Any, weight: Any) -> Rows:
 
 def check_forms(rows: Rows) -> None:
     assert rows.f32 is not None
-    assert rows.scale is not None
+    assert rows.meta is not None
     assert rows.q is not None
-    assert rows.sum16 is not None
-    blocks = rows.f32.view(rows.count, -1, 32)
-    assert torch.allclose(rows.scale, blocks.abs().amax(2) / 127)
-    back = rows.q.view_as(blocks) * rows.scale.unsqueeze(2)
-    assert ((back - blocks).abs() <= rows.scale.unsqueeze(2) * 0.501).all()
-    sums = back.view(rows.count, -1, 16).sum(2)
-    assert torch.allclose(rows.sum16, sums, atol=1e-4)
+    blocks = rows.f32.view(rows.count, -1, 32).transpose(0, 1)
+    scale = rows.meta[:, :, :1]
+    assert torch.allclose(scale, blocks.abs().amax(2, keepdim=True) / 127)
+    back = rows.q * scale
+    assert ((back - blocks).abs() <= scale * 0.501).all()
+    sums = back.view(*back.shape[:2], 2, 16).sum(3)
+    assert torch.allclose(rows.meta[:, :, 1:3], sums, atol=1e-4)
+    assert torch.allclose(rows.meta[:, :, 3], sums.sum(2), atol=2e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 40])
@@ -85,7 +86,7 @@ def test_router(ops: Any, rows: int, experts: int, cols: int, top_k: int, has_no
         assert torch.equal(one_id[0], ids[row])
         assert torch.equal(one_weight[0], weights[row])
         if has_norm:
-            assert torch.equal(alone.q[0], given.q[row])
+            assert torch.equal(alone.q[:, 0], given.q[:, row])
 
 
 def test_router_of_prompts(ops: Any) -> None:

@@ -191,7 +191,7 @@ def test_top_level_is_fixed() -> None:
     "file", sorted((ROOT / "native" / "cuda").glob("*.cu")), ids=lambda f: f.name
 )
 def test_every_cuda_kernel_waits_for_the_one_before_it(file: Path) -> None:
-    """All are launched so that they may start early (see wait_for_previous in linear.cu)."""
+    """All are launched so that they may start early (see wait_for_previous in base.cu)."""
     text = re.sub(r"^#define.*(\\\n.*)*", "", file.read_text(encoding="utf-8"), flags=re.M)
     waiting: set[str] = set()
     kernels: set[str] = set()
@@ -207,5 +207,5 @@ def test_every_cuda_kernel_waits_for_the_one_before_it(file: Path) -> None:
             waiting.add(names[-1])
         if "__global__" in head:
             kernels.add(names[-1])
-    assert kernels
+    assert kernels or file.name in ("base.cu", "formats.cu")  # which other files use
     assert sorted(kernels - waiting) == []

@@ -1,0 +1,272 @@
+"""Launches of the kernels that multiply packed weights with few rows (native/cuda/linear.cu).
+
+The order in which a row's products are added depends on the matrix alone, never on the number of
+rows: its result is the same whatever runs beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kt_async.engine.cuda_args import ActsArg, CutArg, GroupsArg, MatrixArg, OutputsArg
+from kt_async.engine.cuda_values import PackedMatrix, address
+from kt_async.ffi.cuda import KernelArgument
+
+MAX_ROWS = 16  # of one launch
+_KERNEL_ROWS = (1, 2, 4, 8, 16)  # multiply_x takes up to x rows
+_PASS_ROWS = 8  # kPass of linear.cu
+_WARP = 32
+_BAND = 16  # rows
+_TILE = 256  # columns
+_PART = 17  # floats of a row of partial sums
+_MAX_STAGES = 2
+_STAGE_BUDGET = 46 << 10  # bytes of shared memory for a block's stages
+_BLOCK_WARPS = 4
+_MOST_PARTS = 16
+_LEAST_PARTS = 4
+_SPLIT_OF_ROWS = ((2, 1), (4, 2), (16, 4))  # rows up to .., least split
+_WARPS_WANTED = 2048  # of a launch
+_EXPERT_PARTS = 2
+_DEQUANTIZE_WARPS = 8
+
+# Bytes of a tile of 256 columns in shared memory; Q6_K: and its d.
+_TILE_BYTES = {
+    2: 2304,
+    3: 2560,
+    6: 2816,
+    7: 3072,
+    8: 4352,
+    12: 2304,
+    13: 2816,
+    14: 3328 + 32,
+    20: 2304,
+    23: 2176,
+    39: 2176,
+}
+
+_I32 = ctypes.c_int32
+_PTR = ctypes.c_void_p
+
+
+class Launcher(Protocol):
+    """What is needed of CudaOps."""
+
+    def launch(
+        self,
+        name: str,
+        grid: tuple[int, int],
+        arguments: Sequence[KernelArgument],
+        block: int = ...,
+        shared_bytes: int = ...,
+    ) -> None:
+        """A kernel on the current stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a launch is cut. parts alone decides in which order products are added."""
+
+    parts: int  # sums of a band, a power of two
+    split: int  # warps that share a band, divides parts
+    bands: int  # of a block, a power of two
+    stages: int  # tiles in flight for each warp
+    stage_bytes: int
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return _WARP * self.split * self.bands
+
+    def arg(self, columns: int) -> CutArg:
+        """For a kernel whose passes take up to `columns` rows."""
+        return CutArg(
+            self.parts,
+            self.split,
+            self.stages,
+            self.stage_bytes,
+            _part_floats(columns),
+            self.bands.bit_length() - 1,
+        )
+
+    def shared_bytes(self, columns: int) -> int:
+        """Of a block: sums of parts and stages."""
+        sums = 4 * self.parts * _part_floats(columns)
+        return self.bands * (sums + self.split * self.stages * self.stage_bytes)
+
+
+def _part_floats(columns: int) -> int:
+    return -(-columns * _PART // 4) * 4
+
+
+def cut_for(
+    matrices: Sequence[MatrixArg],
+    parts: int,
+    most_split: int,
+    bands: int | None = None,
+    most_stages: int = _MAX_STAGES,
+) -> Cut:
+    """For matrices of the same input. parts: wanted, a power of two; most_split: what suits the
+    number of rows at hand; bands: of a block, None: what suits.
+    """
+    tiles = -(-matrices[0].cols // _TILE)
+    parts = min(_floor_power(tiles), parts)
+    split = min(parts, most_split)
+    stage_bytes = max(_TILE_BYTES[m.type] for m in matrices)
+    while split > 1 and split * (bands or 1) * stage_bytes > _STAGE_BUDGET:
+        split //= 2
+    in_block = bands or max(1, _BLOCK_WARPS // split)
+    room = _STAGE_BUDGET // (stage_bytes * split * in_block)
+    stages = max(1, min(most_stages, -(-tiles // split), room))
+    return Cut(parts, split, in_block, stages, stage_bytes)
+
+
+def _dense_cut(matrices: Sequence[MatrixArg], rows: int) -> Cut:
+    """Few bands are split between more warps, so that the memory of a large GPU is busy; with many
+    rows neighbouring warps share the activations that they load. Measured on an H200."""
+    bands = sum(m.num_bands for m in matrices)
+    wanted = min(_MOST_PARTS, _floor_power(_WARPS_WANTED // bands))
+    least = next(split for most_rows, split in _SPLIT_OF_ROWS if rows <= most_rows)
+    return cut_for(matrices, max(_LEAST_PARTS, wanted), max(least, wanted))
+
+
+def _floor_power(number: int) -> int:
+    """The largest power of two up to `number`; at least 1."""
+    return 1 << max(0, number.bit_length() - 1)
+
+
+def multiply(
+    ops: Launcher,
+    acts: ActsArg,
+    rows: int,
+    matrices: Sequence[PackedMatrix],
+    biases: Sequence[torch.Tensor | None],
+    residual: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """f32 [rows, m.rows] for up to three matrices of the same input, each read once per 16 rows.
+
+    residual: f32, added to the first product.
+    """
+    outs = [_empty(m, rows, m.arg.rows) for m in matrices]
+    bands = sum(m.arg.num_bands for m in matrices)
+    for first in range(0, rows, MAX_ROWS):
+        count = min(MAX_ROWS, rows - first)
+        columns = next(n for n in _KERNEL_ROWS if n >= count)
+        arg = OutputsArg()
+        for i, (matrix, bias, out) in enumerate(zip(matrices, biases, outs, strict=True)):
+            arg.w[i] = matrix.arg
+            arg.out[i] = out[first:].data_ptr()
+            arg.bias[i] = address(bias)
+        arg.residual = None if residual is None else residual[first:].data_ptr()
+        part = max(2, columns)
+        cut = _dense_cut([m.arg for m in matrices], count)
+        ops.launch(
+            f"multiply_{columns}",
+            (-(-bands // cut.bands), 1),
+            [arg, acts_from(acts, first), _I32(count), cut.arg(part)],
+            cut.threads,
+            cut.shared_bytes(part),
+        )
+    return outs
+
+
+def _empty(beside: PackedMatrix, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=beside.data.device)
+
+
+def acts_from(acts: ActsArg, first: int) -> ActsArg:
+    """The rows from `first` on, which lie side by side in every block."""
+    return ActsArg(acts.q + 32 * first, acts.meta + 16 * first, acts.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The (token, expert) pairs of a step: by expert, or (one token) in the router's order."""
+
+    tokens: int
+    top_k: int
+    experts: int
+    ids: int  # address of int32 [tokens, top_k]
+    groups: GroupsArg | None = None  # None: one token
+
+    @property
+    def count(self) -> int:
+        """Of pairs."""
+        return self.tokens * self.top_k
+
+    @property
+    def most_active(self) -> int:
+        """Experts that can have pairs."""
+        return min(self.count, self.experts)
+
+    @property
+    def most_split(self) -> int:
+        """Of a band: one token has few bands to read."""
+        return _EXPERT_PARTS if self.groups is None else 1
+
+    def kernel(self, name: str) -> tuple[str, list[KernelArgument], int]:
+        """Kernel, its arguments that name the pairs, columns of a pass."""
+        if self.groups is None:
+            return f"{name}_1", [_PTR(self.ids)], 2
+        return f"{name}_n", [self.groups, _I32(self.experts)], _PASS_ROWS
+
+
+@dataclass(slots=True)
+class Hidden:
+    """silu(gate x) * (up x), quantised; rows are pairs in the order of the groups."""
+
+    q: torch.Tensor  # int8 [I / 32, pairs, 32]
+    meta: torch.Tensor  # f32 [I / 32, pairs, 4], see Acts in linear.cu
+
+    def arg(self) -> ActsArg:
+        """For a kernel."""
+        return ActsArg(self.q.data_ptr(), self.meta.data_ptr(), self.q.shape[1])
+
+
+def gate_up(
+    ops: Launcher, acts: ActsArg, pairs: Pairs, gate: PackedMatrix, up: PackedMatrix
+) -> Hidden:
+    """The first half of the routed experts; acts: the tokens' rows."""
+    width = gate.arg.rows
+    hidden = Hidden(
+        _empty(gate, width // 32, pairs.count, 32, dtype=torch.int8),
+        _empty(gate, width // 32, pairs.count, 4),
+    )
+    cut = cut_for(
+        [gate.arg, up.arg], _EXPERT_PARTS, pairs.most_split, 4
+    )  # two neighbouring bands of each
+    name, which, columns = pairs.kernel("experts_gate_up")
+    top_k = [] if pairs.groups is None else [_I32(pairs.top_k)]
+    ops.launch(
+        name,
+        (width // (2 * _BAND), pairs.most_active),
+        [gate.arg, up.arg, acts, *which, *top_k, cut.arg(columns), hidden.arg()],
+        cut.threads,
+        cut.shared_bytes(columns),
+    )
+    return hidden
+
+
+def down(ops: Launcher, hidden: Hidden, pairs: Pairs, matrix: PackedMatrix) -> torch.Tensor:
+    """f32 [pairs, H], not weighted."""
+    out = _empty(matrix, pairs.count, matrix.arg.rows)
+    cut = cut_for([matrix.arg], _EXPERT_PARTS, pairs.most_split, most_stages=1)
+    name, which, columns = pairs.kernel("experts_down")
+    ops.launch(
+        name,
+        (-(-matrix.arg.num_bands // cut.bands), pairs.most_active),
+        [matrix.arg, hidden.arg(), *which, cut.arg(columns), _PTR(out.data_ptr())],
+        cut.threads,
+        cut.shared_bytes(columns),
+    )
+    return out
+
+
+def dequantize(ops: Launcher, matrix: PackedMatrix, out: torch.Tensor) -> None:
+    """Fill out, bf16 [experts, rows, cols] or of that many values."""
+    grid = (matrix.arg.num_bands, matrix.num_experts)
+    ops.launch("dequantize", grid, [matrix.arg, _PTR(out.data_ptr())], _WARP * _DEQUANTIZE_WARPS)
