@@ -1,0 +1,28 @@
+// run_cuda.cpp: the CUDA kernels for packed weights as a CPU library; see emulated_cuda.h. Compiled
+// with KT_TYPES(X) naming the ggml types.
+#include "emulated_cuda.h"
+// base.cu is replaced by the header above.
+#include "../../native/cuda/formats.cu"
+#include "../../native/cuda/linear.cu"
+
+// arguments: their addresses, as cuLaunchKernel takes them. 0: no such kernel.
+extern "C" int launch(const char* name, unsigned x, unsigned y, unsigned threads,
+                      void** arguments) {
+#define KT_KERNEL(kernel)                               \
+  if (std::strcmp(name, #kernel) == 0) {                \
+    emulated::launch(kernel, x, y, threads, arguments); \
+    return 1;                                           \
+  }
+  KT_KERNEL(multiply_1)
+  KT_KERNEL(multiply_2)
+  KT_KERNEL(multiply_4)
+  KT_KERNEL(multiply_8)
+  KT_KERNEL(multiply_16)
+  KT_KERNEL(group_pairs)
+  KT_KERNEL(experts_gate_up_1)
+  KT_KERNEL(experts_gate_up_n)
+  KT_KERNEL(experts_down_1)
+  KT_KERNEL(experts_down_n)
+  KT_KERNEL(dequantize)
+  return 0;
+}
