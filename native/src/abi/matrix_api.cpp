@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "abi/matrix_handle.h"
+#include "base/arena.h"
 #include "base/error.h"
 #include "host/features.h"
 #include "kernels/pack_tensor.h"
@@ -71,25 +72,33 @@ struct Product {
   }
 };
 
-// 64-byte aligned memory for one call; not an Arena, whose fresh pages would cost more than the
-// work.
-class Buffer {
+// Memory of one call, in huge pages and kept by the pool: a timed call would otherwise pay for
+// fresh pages, and tiles of rows that lie in small ones miss the TLB 16 times.
+class Workspace {
  public:
-  explicit Buffer(int64_t bytes)
-      : data_(static_cast<uint8_t*>(
-            std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)))) {
-    if (data_ == nullptr) {
-      throw std::bad_alloc();
+  // Room for `bytes`; what was handed out before is no longer valid.
+  uint8_t* reserve(int64_t bytes) {
+    if (bytes > bytes_) {
+      arena_ = std::make_unique<Arena>();
+      bytes_ = 0;
+      data_ = arena_->allocate(bytes);
+      bytes_ = bytes;
     }
+    return data_;
   }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  uint8_t* get() const { return data_; }
 
  private:
-  uint8_t* data_;
+  std::unique_ptr<Arena> arena_;
+  uint8_t* data_ = nullptr;
+  int64_t bytes_ = 0;
 };
+
+Workspace& workspace_of(kt_pool& pool) {
+  if (pool.matrix_memory == nullptr) {
+    pool.matrix_memory = std::make_shared<Workspace>();
+  }
+  return *static_cast<Workspace*>(pool.matrix_memory.get());
+}
 
 void multiply(const kt_matrix& matrix, int32_t expert, const float* x, int32_t num_rows, float* out,
               bool is_prompt) {
@@ -100,20 +109,22 @@ void multiply(const kt_matrix& matrix, int32_t expert, const float* x, int32_t n
   const ActKind form = form_of(w.act, is_prompt);
   const int64_t stride = act_row_bytes(form, w.cols);
   const int64_t scratch_bytes = (multiply_scratch_bytes(w.cols) + 63) / 64 * 64;
-  const Buffer act_memory(stride * num_rows);
-  const Buffer scratch_memory(scratch_bytes * workers.num_threads());
-  const Buffer partial_memory(int64_t{2 * kBandRows} * num_rows * 4);
-  const Product product = {
-      kernels, w,         expert, act_memory.get(),
-      stride,  is_prompt, out,    reinterpret_cast<float*>(partial_memory.get())};
+  const int64_t act_bytes = stride * num_rows;
+  const int64_t all_scratch = scratch_bytes * workers.num_threads();
+  const std::lock_guard<std::mutex> lock(matrix.pool->matrix_lock);
+  uint8_t* acts = workspace_of(*matrix.pool)
+                      .reserve(act_bytes + all_scratch + int64_t{2 * kBandRows} * num_rows * 4);
+  uint8_t* all = acts + act_bytes;
+  const Product product = {kernels, w,         expert, acts,
+                           stride,  is_prompt, out,    reinterpret_cast<float*>(all + all_scratch)};
   const int32_t step = is_prompt ? 2 : 1, block = is_prompt ? kPromptRows : num_rows;
   workers.for_each([&](int32_t worker) {
     const Range rows = split(num_rows, worker, workers.num_threads());
     for (int64_t i = rows.first; i < rows.last; ++i) {
-      kernels.prepare(form, x + i * w.cols, w.cols, 0, w.cols, act_memory.get() + i * stride);
+      kernels.prepare(form, x + i * w.cols, w.cols, 0, w.cols, acts + i * stride);
     }
     workers.barrier();
-    uint8_t* scratch = scratch_memory.get() + worker * scratch_bytes;
+    uint8_t* scratch = all + worker * scratch_bytes;
     const Range units = split((w.num_bands + step - 1) / step, worker, workers.num_threads());
     for (int32_t first = 0; first < num_rows; first += block) {
       for (int64_t unit = units.first; unit < units.last; ++unit) {

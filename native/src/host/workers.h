@@ -115,5 +115,8 @@ struct kt_pool {
   kt::Workers workers;
   // Work area of kt_experts_multiply, kept between calls; its type is that file's business.
   std::shared_ptr<void> expert_memory;
+  // The same for kt_matrix_multiply.
+  std::shared_ptr<void> matrix_memory;
+  std::mutex matrix_lock;
   std::mutex expert_lock;
 };

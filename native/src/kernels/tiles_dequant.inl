@@ -163,6 +163,9 @@ KT_INLINE void store_nibble_line(uint8_t* lines, const NibbleScale& s, const uin
 //   kExponent    the lines are w * 2^(e - kExponent)
 //   kMost        largest e
 //   bound()      bound of the scales of each row of a whole band
+//   kScales      where a full tile's scales for bound() begin, -1: not in the tiles; kScaleLines of
+//   64
+//                bytes
 
 // Largest of the 16 f16 values at `offset` of every tile.
 inline __m512 largest_of_tiles(const Matrix& w, const uint8_t* band, int64_t offset) {
@@ -198,6 +201,8 @@ struct NibbleDecoder {
   static constexpr int kMost = 30;
   static constexpr int kBlockBytes = kBits == 5 ? 320 : 256;
   static constexpr bool kMin = kOffset == 0;
+  static constexpr int kScales = 8 * kBlockBytes;
+  static constexpr int kScaleLines = kMin ? 8 : 4;
   const uint8_t* tile;
   const uint8_t* top;
   const uint8_t* d;
@@ -230,19 +235,21 @@ struct SuperDecoder {
   static constexpr int32_t kType = kTypeId;
   static constexpr int kExponent = 132;
   static constexpr int kMost = 30;
-  static constexpr int kScales = kBits == 5 ? 2560 : 2048;
+  static constexpr int kPlanes = kBits == 5 ? 2560 : 2048;
+  static constexpr int kScales = kPlanes + 192;
+  static constexpr int kScaleLines = 1;
   const uint8_t* tile;
   KScales scales;
   __m512i d, dmin;
 
   static __m512 bound(const Matrix& w, const uint8_t* band) {
-    const __m512 d = V::mul(largest_of_tiles(w, band, kScales + 192), V::set_f(63.0f));
-    return with_min(d, largest_of_tiles(w, band, kScales + 224));
+    const __m512 d = V::mul(largest_of_tiles(w, band, kPlanes + 192), V::set_f(63.0f));
+    return with_min(d, largest_of_tiles(w, band, kPlanes + 224));
   }
   SuperDecoder(const uint8_t* at, const uint8_t*, int, const RowPowers& rows)
-      : tile(at), scales(at + kScales, 0) {
-    d = rows.scaled(at + kScales + 192);
-    dmin = _mm512_xor_si512(rows.scaled_min(at + kScales + 224), words(0x8000));
+      : tile(at), scales(at + kPlanes, 0) {
+    d = rows.scaled(at + kPlanes + 192);
+    dmin = _mm512_xor_si512(rows.scaled_min(at + kPlanes + 224), words(0x8000));
   }
   KT_INLINE void block(int b, uint8_t* lines) const {
     NibbleScale s;
@@ -263,6 +270,7 @@ struct SixDecoder {
   static constexpr int32_t kType = kQ6_K;
   static constexpr int kExponent = 132;
   static constexpr int kMost = 30;
+  static constexpr int kScales = -1, kScaleLines = 0;
   const uint8_t* tile;
   __m512i d;
 
@@ -308,6 +316,7 @@ struct EightDecoder {
   static constexpr int32_t kType = kQ8_0;
   static constexpr int kExponent = 136;
   static constexpr int kMost = 30;
+  static constexpr int kScales = 4096, kScaleLines = 4;
   const uint8_t* tile;
   const uint8_t* d;
   const RowPowers& powers;
@@ -341,6 +350,7 @@ struct NonlinearDecoder {
   static constexpr int32_t kType = kIQ4_NL;
   static constexpr int kExponent = 136;
   static constexpr int kMost = 30;
+  static constexpr int kScales = 2048, kScaleLines = 4;
   const uint8_t* tile;
   const uint8_t* d;
   const RowPowers& powers;
@@ -361,6 +371,7 @@ struct NonlinearSuperDecoder {
   static constexpr int32_t kType = kIQ4_XS;
   static constexpr int kExponent = 136;
   static constexpr int kMost = 30;
+  static constexpr int kScales = 2112, kScaleLines = 1;
   const uint8_t* tile;
   __m512i d, values;
 
@@ -385,6 +396,7 @@ struct MxDecoder {
   static constexpr int32_t kType = kMXFP4;
   static constexpr int kExponent = 133;
   static constexpr int kMost = 120;  // the scales are multiplied as f32
+  static constexpr int kScales = 2048, kScaleLines = 2;
   const uint8_t* tile;
   const uint8_t* exponents;
   const RowPowers& powers;

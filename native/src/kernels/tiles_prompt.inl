@@ -178,7 +178,22 @@ struct Source {
   explicit Source(const PromptJob& j)
       : job(j),
         powers{RowPowers(Decoder::bound(*j.w, j.bands[0]), Decoder::kMost),
-               RowPowers(Decoder::bound(*j.w, j.bands[1]), Decoder::kMost)} {}
+               RowPowers(Decoder::bound(*j.w, j.bands[1]), Decoder::kMost)} {
+    fetch_scales();
+  }
+  // Asks for the scales of the next pair, which its bound() reads before anything else.
+  void fetch_scales() const {
+    if (Decoder::kScales < 0 || job.next == nullptr) {
+      return;
+    }
+    for (int band = 0; band < job.num_bands; ++band) {
+      const uint8_t* scales = job.next + band * job.w->band_bytes + Decoder::kScales;
+      for (int32_t first = 0; first < job.w->cols; first += kTileCols) {
+        prefetch<Decoder::kScaleLines>(scales);
+        scales += tile_bytes(Decoder::kType);
+      }
+    }
+  }
   Decoder tile(int band, int32_t index, int nb) const {
     const uint8_t* tiles = job.bands[band] + band_header(job.w->type, job.w->cols);
     return Decoder(tiles + index * tile_bytes(Decoder::kType), job.bands[band] + index * 32, nb,
