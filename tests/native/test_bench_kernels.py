@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,8 @@ import pytest
 
 from bench import kernel_cases, kernel_limits, kernels, stats
 from bench.kernel_cases import Shape
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -84,3 +90,24 @@ def test_median_of_the_runs_is_what_the_table_shows() -> None:
     row, record = kernel_limits.report("l", "Q4_K", [3e-6, 1e-6, 2e-6], limits, work)
     assert row[:3] == ["l", stats.number(1.0), stats.number(2.0)]
     assert record["bandwidth_share"] == pytest.approx(0.5)
+
+
+def test_the_raw_row_bench_still_compiles() -> None:
+    """It is built by hand only; this keeps it in step with kt.h."""
+    compiler = shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("needs g++ for x86-64")
+    script = (ROOT / "bench/raw_rows.sh").read_text()
+    flags = re.findall(r"-m(?:avx|fma|f16c|amx)[\w-]*", script)
+    assert "-mavx512vnni" in flags
+    done = subprocess.run(
+        [
+            *(compiler, "-std=c++20", "-fsyntax-only", "-w", *flags),
+            *("-Inative/include", "-Inative/src", "bench/raw_rows.cpp"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
