@@ -86,7 +86,8 @@ class Router:
             made = RouterOutputArg(
                 ids=ids.data_ptr(), weights=weights.data_ptr(), signal=signal or SignalArg()
             )
-            if signal is None and ids.numel() <= _MAX_PAIRS:
+            # The experts of one token all differ: nobody asks for its groups.
+            if signal is None and rows > 1 and ids.numel() <= _MAX_PAIRS:
                 self.groups = Groups.room(ids, experts)
                 made.groups = self.groups.arg
             self._few(ops, x, weight, arg, made)

@@ -612,33 +612,6 @@ extern "C" __global__ void experts_sum(const float* y, const int* expert_of, con
   }
 }
 
-// logits[t, e] = x[t] . w[e] in f32, the same additions whatever the number of rows; one warp per
-// (expert, token). Rows of w: f32 row-major (routers are small and stay exact).
-extern "C" __global__ void router_logits(const float* x, const float* w, int cols, int experts,
-                                         float* logits) {
-  release_next();
-  wait_for_previous();
-  const int e = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x & 31;
-  if (e >= experts) {
-    return;
-  }
-  const float4* a = reinterpret_cast<const float4*>(x + (i64)blockIdx.y * cols);
-  const float4* b = reinterpret_cast<const float4*>(w + (i64)e * cols);
-  float sum = 0.0f;
-#pragma unroll 4
-  for (int i = lane; i < cols / 4; i += 32) {
-    const float4 p = a[i], q = b[i];
-    sum += p.x * q.x + p.y * q.y + p.z * q.z + p.w * q.w;
-  }
-#pragma unroll
-  for (int s = 16; s > 0; s >>= 1) {
-    sum += __shfl_xor_sync(~0u, sum, s);
-  }
-  if (lane == 0) {
-    logits[(i64)blockIdx.y * experts + e] = sum;
-  }
-}
-
 // A band's rows as bf16, from row `first` of the matrix `to` on; rows beyond it are not written.
 __device__ __forceinline__ void dequantize_band(const Matrix& w, const u8* band, int first,
                                                 u16* to) {

@@ -73,13 +73,15 @@ def test_router(ops: Any, rows: int, experts: int, cols: int, top_k: int, has_no
     assert torch.equal(ids.long(), best.indices)
     expected = best.values / best.values.sum(1, keepdim=True)
     assert torch.allclose(weights.double(), expected, atol=1e-5)
-    flat = ids.flatten().tolist()
-    words = groups.words.tolist()
-    active, start = words[: experts + 1], words[experts + 1 : 2 * experts + 2]
-    order = words[2 * experts + 2 :]
-    assert active[: active[experts]] == sorted(set(flat))
-    assert order == sorted(range(len(flat)), key=lambda i: (flat[i], i))
-    assert start == [sum(e < n for e in flat) for n in range(experts + 1)]
+    assert (groups is None) == (rows == 1)
+    if groups is not None:
+        flat = ids.flatten().tolist()
+        words = groups.words.tolist()
+        active, start = words[: experts + 1], words[experts + 1 : 2 * experts + 2]
+        order = words[2 * experts + 2 :]
+        assert active[: active[experts]] == sorted(set(flat))
+        assert order == sorted(range(len(flat)), key=lambda i: (flat[i], i))
+        assert start == [sum(e < n for e in flat) for n in range(experts + 1)]
     for row in range(min(rows, 3)):
         alone = normed(ops, x[row : row + 1], weight) if has_norm else Rows(x[row : row + 1], cols)
         one_id, one_weight = ops.router(ops, alone, w, routing, None)
