@@ -122,6 +122,9 @@ class CudaRunner:
             results_bytes=self._forward.out.nbytes,
             timeout_ns=_LAYER_TIMEOUT_NS,
         )
+        # Buffers above are cleared, and weights and pages filled, on the default stream, which the
+        # streams of steps do not wait for: on a busy GPU a first step would see them half made.
+        torch.cuda.synchronize()
         if use_graphs:
             self._capture_all()
         self.lane = CudaLane(
@@ -134,6 +137,7 @@ class CudaRunner:
             limits.sample_vocab,
             has_graphs=bool(self._graphs),
         )
+        torch.cuda.synchronize()
 
     def make_block(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         assert num_bytes == self._layout.num_bytes
