@@ -154,6 +154,7 @@ def test_experts_that_fail_end_the_step(launch: Any, mechanism: str) -> None:
         replay.run(1_000_000_000)
         channel.check()
         replay.kept[0].fill_(7)  # no such expert
+        torch.cuda.synchronize()  # written on another stream than the replay's
         with pytest.raises(NativeError, match="7"):
             replay.run(1_000_000_000)
         with pytest.raises(EngineError, match=r"failed in a decode step \(state 2\)"):
