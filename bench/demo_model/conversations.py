@@ -191,7 +191,7 @@ class Generator:
 
     def _number_in_goal(self, goal: str, item: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Where a goal names a number, draw another one and let the example carry it."""
-        kind = re.search(r"\b(bf16|f16|f32|fp8)\b", goal)
+        kind = re.search(r"\b(bf16|f16|f32)\b", goal)
         if item["flag"] == "kv_dtype" and kind:
             return goal, {**item, "use": f"--kv_dtype {kind.group(0)}"}
         if not re.search(r" \d+$", item["use"]) or not re.search(r"\b\d+\b", goal):

@@ -2,8 +2,8 @@
 
     python -m bench.demo_model.write_gguf --run DIR --out kt_async/data/demo.gguf
 
-DIR is the --out folder of train.py. Types follow a Q4_K_M file: experts Q4_K, half of the down
-projections and the output Q6_K, embedding and attention Q8_0, router and norms F32.
+DIR is the --out folder of train.py. Types follow a Q4_K_M file: experts Q4_K, those of the first
+and last layer and the output Q6_K, embedding and attention Q8_0, router and norms F32.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def type_of(name: str, num_layers: int) -> str:
         return "F32"
     if "_exps" in name:
         layer = int(name.split(".")[1])
-        return "Q6_K" if "down" in name and layer < (num_layers + 1) // 2 else "Q4_K"
+        return "Q6_K" if layer in (0, num_layers - 1) else "Q4_K"
     return "Q6_K" if name == "output.weight" else "Q8_0"
 
 
