@@ -144,7 +144,7 @@ class Config:
     chunk_size: int = flag(
         256,
         "scheduling",
-        "most tokens (prompt pieces and new ones) computed in one step",
+        "most tokens (prompt pieces and new ones) computed in one step; 2048 with a GPU when not given",
         unit="tokens",
         low=1,
         high=16384,

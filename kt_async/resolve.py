@@ -15,6 +15,8 @@ from typing import Any
 from kt_async.config import ARCHITECTURES, Config
 from kt_async.errors import ConfigError
 
+GPU_CHUNK = 2048  # tokens of a step with a GPU, unless --chunk_size says otherwise
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -122,6 +124,9 @@ class _Resolver:
                 )
             self.put("device", f"cuda:{index}", "given")
         on_gpu = self.new.get("device", wanted) != "cpu"
+        if on_gpu and "chunk_size" not in self.raw.sources:
+            # Each chunk copies experts to the GPU anew: long ones share that cost.
+            self.put("chunk_size", max(GPU_CHUNK, self.raw.max_batch_size), "GPU")
         valid = ("auto", "bf16", "fp8") if on_gpu else ("auto", "f32", "f16", "bf16")
         if self.raw.kv_dtype not in valid:
             self.errors.append(
