@@ -38,7 +38,7 @@ from bench.cuda_tools import (
     reference,
     time_graph,
 )
-from kt_async.engine import cuda_gemv
+from kt_async.engine.cuda import gemv as cuda_gemv
 from kt_async.errors import KtError
 from kt_async.ffi.matrix import type_info
 from kt_async.ffi.pool import Pool

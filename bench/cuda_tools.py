@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from kt_async.engine import cuda_gemv
-from kt_async.engine.cuda_args import ActsArg, GroupsArg, MatrixArg
-from kt_async.engine.cuda_values import PackedMatrix
+from kt_async.engine.cuda import gemv as cuda_gemv
+from kt_async.engine.cuda.args import ActsArg, GroupsArg, MatrixArg
+from kt_async.engine.cuda.values import PackedMatrix
 from kt_async.errors import KtError
 from kt_async.ffi.cuda import KernelArgument, Kernels, compile_kernels, kernel_source
 from kt_async.ffi.handoff import packed_matrix

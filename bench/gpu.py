@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `kt_async`, when
 
 from bench.interleave import measure_interleave
 from bench.synthetic import SHAPES
-from kt_async.engine.cuda_build import CudaOptions, load_cuda_runner
-from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
+from kt_async.engine.cuda.build import CudaOptions, load_cuda_runner
+from kt_async.engine.cuda.runner import CudaLimits, CudaRunner
 from kt_async.engine.types import GenerationRequest, SamplingParams
 from kt_async.ffi import structs
 from kt_async.ffi.pool import Pool

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `kt_async`, when
 
 import torch
 
-from kt_async.engine.cuda_handoff import MECHANISMS, Channel, Launch
-from kt_async.engine.cuda_kernels import kernels_for, launcher
-from kt_async.engine.cuda_probe import Replay, probe
+from kt_async.engine.cuda.handoff import MECHANISMS, Channel, Launch
+from kt_async.engine.cuda.kernels import kernels_for, launcher
+from kt_async.engine.cuda.probe import Replay, probe
 from kt_async.errors import EngineError, KtError
 
 _ASKED_P50_US, _ASKED_P99_US = 10.0, 25.0

@@ -98,7 +98,7 @@ def gpu_plan(model: Model, config: Config) -> GpuMemoryPlan:
     """How the GPU's memory is divided; asks the GPU how much is free. Raises ConfigError."""
     import torch  # noqa: PLC0415 - seconds to import, and only a GPU needs it
 
-    from kt_async.engine.cuda_build import KERNEL_TYPES, dense_bytes  # noqa: PLC0415
+    from kt_async.engine.cuda.build import KERNEL_TYPES, dense_bytes  # noqa: PLC0415
 
     free_bytes, total_bytes = torch.cuda.mem_get_info(_gpu_index(config))
     wish = KvWish(
@@ -242,8 +242,8 @@ def load_runner(model: Model, config: Config, scheduler: Scheduler) -> Runner:
 def _gpu_runner(model: Model, config: Config, scheduler: Scheduler, pool: Pool) -> Runner:
     import torch  # noqa: PLC0415
 
-    from kt_async.engine.cuda_build import CudaOptions, load_cuda_runner  # noqa: PLC0415
-    from kt_async.engine.cuda_runner import CudaLimits  # noqa: PLC0415
+    from kt_async.engine.cuda.build import CudaOptions, load_cuda_runner  # noqa: PLC0415
+    from kt_async.engine.cuda.runner import CudaLimits  # noqa: PLC0415
 
     torch.cuda.set_device(_gpu_index(config))
     limits = CudaLimits(

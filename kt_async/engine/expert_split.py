@@ -1,6 +1,6 @@
 """Which routed experts of a prompt chunk the GPU computes from a copy, and which the CPU computes.
 
-A cost model over measured rates (engine/cuda_calibrate.py): pure arithmetic, no torch. Copies over
+A cost model over measured rates (engine/cuda/calibrate.py): pure arithmetic, no torch. Copies over
 the bus, the GPU's products and the CPU run at the same time, so a layer is done when the slowest of
 them is. The experts with the fewest rows are the cheapest on the CPU and cost the same copy as any
 other: they go to the CPU, as many as make both sides finish together. The choice follows from the

@@ -11,7 +11,7 @@ constexpr int kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8, kQ4_K = 12,
               kQ6_K = 14, kIQ4_NL = 20, kIQ4_XS = 23, kMXFP4 = 39;
 constexpr int kUnitBlocks = 4;
 
-// As filled by the host (engine/cuda_args.py).
+// As filled by the host (engine/cuda/args.py).
 struct Matrix {
   const u8* data;
   i64 band_bytes;

@@ -16,7 +16,7 @@
 constexpr int kThreads = 256;
 constexpr int kMaxThreads = 512;
 
-// How the host cut a launch (engine/cuda_gemv.py). Dynamic shared memory: part_floats partial sums
+// How the host cut a launch (engine/cuda/gemv.py). Dynamic shared memory: part_floats partial sums
 // for each part of each band of a block, then for each warp `stages` (1 .. 4) stages of
 // stage_bytes.
 struct Cut {

@@ -11,12 +11,12 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from kt_async.engine.cuda_args import RopeArg  # noqa: E402
-from kt_async.engine.cuda_attention import Heads  # noqa: E402
-from kt_async.engine.cuda_decode import PagedDecode  # noqa: E402
-from kt_async.engine.cuda_kv import KvPages  # noqa: E402
-from kt_async.engine.cuda_ops import CudaOps  # noqa: E402
-from kt_async.engine.cuda_values import Rows, address  # noqa: E402
+from kt_async.engine.cuda.args import RopeArg  # noqa: E402
+from kt_async.engine.cuda.attention import Heads  # noqa: E402
+from kt_async.engine.cuda.decode import PagedDecode  # noqa: E402
+from kt_async.engine.cuda.kv import KvPages  # noqa: E402
+from kt_async.engine.cuda.ops import CudaOps  # noqa: E402
+from kt_async.engine.cuda.values import Rows, address  # noqa: E402
 from kt_async.ffi.cuda import Kernels, compile_kernels, kernel_source  # noqa: E402
 
 pytestmark = pytest.mark.gpu

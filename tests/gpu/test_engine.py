@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from kt_async.engine.cuda_build import CudaOptions, load_cuda_runner  # noqa: E402
-from kt_async.engine.cuda_runner import CudaLimits  # noqa: E402
+from kt_async.engine.cuda.build import CudaOptions, load_cuda_runner  # noqa: E402
+from kt_async.engine.cuda.runner import CudaLimits  # noqa: E402
 from kt_async.engine.expert_split import LayerRates, SplitRates  # noqa: E402
 from kt_async.engine.runner import CpuLimits  # noqa: E402
 from kt_async.engine.types import GenerationRequest, SamplingParams  # noqa: E402
@@ -217,7 +217,7 @@ def test_prompt_kl_of_chunks_shared_with_the_cpu(
         shares.append(streamed.sum() / len(streamed))
         return streamed
 
-    monkeypatch.setattr("kt_async.engine.cuda_build.measure_rates", half)
+    monkeypatch.setattr("kt_async.engine.cuda.build.measure_rates", half)
     monkeypatch.setattr(SplitRates, "choose", spy)
     path = checkpoint(folder, type_name)
     made = engine(path, experts_in_vram=False, chunk_size=chunk)

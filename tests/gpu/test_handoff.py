@@ -17,15 +17,15 @@ if not torch.cuda.is_available():
 
 from gguf import GGMLQuantizationType, quants  # noqa: E402
 
-from kt_async.engine import cuda_probe  # noqa: E402
-from kt_async.engine.cuda_build import (  # noqa: E402
+from kt_async.engine.cuda import probe as cuda_probe  # noqa: E402
+from kt_async.engine.cuda.build import (  # noqa: E402
     CudaOptions,
     load_cuda_runner,
 )
-from kt_async.engine.cuda_handoff import MECHANISMS, Channel  # noqa: E402
-from kt_async.engine.cuda_kernels import kernels_for, launcher  # noqa: E402
-from kt_async.engine.cuda_probe import Replay, choose_mechanism, probe  # noqa: E402
-from kt_async.engine.cuda_runner import CudaLimits  # noqa: E402
+from kt_async.engine.cuda.handoff import MECHANISMS, Channel  # noqa: E402
+from kt_async.engine.cuda.kernels import kernels_for, launcher  # noqa: E402
+from kt_async.engine.cuda.probe import Replay, choose_mechanism, probe  # noqa: E402
+from kt_async.engine.cuda.runner import CudaLimits  # noqa: E402
 from kt_async.errors import EngineError, NativeError  # noqa: E402
 from kt_async.ffi import structs  # noqa: E402
 from kt_async.ffi.cuda import Kernels  # noqa: E402

@@ -23,7 +23,7 @@ from bench.cuda_tools import (  # noqa: E402
     quantize,
     reference,
 )
-from kt_async.engine import cuda_gemv  # noqa: E402
+from kt_async.engine.cuda import gemv as cuda_gemv  # noqa: E402
 from kt_async.ffi.pool import Pool  # noqa: E402
 from kt_async.weights.gguf_header import TYPE_IDS  # noqa: E402
 

@@ -13,10 +13,10 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from kt_async.engine.cuda_attention import import_flashinfer  # noqa: E402
-from kt_async.engine.cuda_build import CudaOptions, load_cuda_runner  # noqa: E402
-from kt_async.engine.cuda_kv import FP8  # noqa: E402
-from kt_async.engine.cuda_runner import CudaLimits  # noqa: E402
+from kt_async.engine.cuda.attention import import_flashinfer  # noqa: E402
+from kt_async.engine.cuda.build import CudaOptions, load_cuda_runner  # noqa: E402
+from kt_async.engine.cuda.kv import FP8  # noqa: E402
+from kt_async.engine.cuda.runner import CudaLimits  # noqa: E402
 from tests.reference.checkpoints import (  # noqa: E402
     QWEN3,
     exact_model,

@@ -10,9 +10,9 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from kt_async.engine.cuda_kv import KvPages  # noqa: E402
-from kt_async.engine.cuda_ops import CudaOps  # noqa: E402
-from kt_async.engine.cuda_values import ExpertSum, NormOf, Rows  # noqa: E402
+from kt_async.engine.cuda.kv import KvPages  # noqa: E402
+from kt_async.engine.cuda.ops import CudaOps  # noqa: E402
+from kt_async.engine.cuda.values import ExpertSum, NormOf, Rows  # noqa: E402
 from kt_async.ffi.cuda import Kernels, compile_kernels, kernel_source  # noqa: E402
 from kt_async.model.ops import Routing  # noqa: E402
 

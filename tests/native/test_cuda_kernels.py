@@ -20,7 +20,7 @@ from bench.cuda_tools import (
     make_weights,
     reference,
 )
-from kt_async.engine import cuda_gemv
+from kt_async.engine.cuda import gemv as cuda_gemv
 from kt_async.ffi.cuda import KernelArgument
 from kt_async.ffi.pool import Pool
 from kt_async.weights.gguf_header import TYPE_IDS

@@ -52,7 +52,7 @@ LONG_FILES = {
     "kt_async/api/prepare.py": 330,  # body -> engine requests
     "kt_async/cli.py": 420,  # one command line
     "native/src/kernels/matrix_simd.inl": 1000,  # one algorithm, written once for every ISA
-    "kt_async/engine/cuda_ops.py": 500,  # every operation of a model on the GPU
+    "kt_async/engine/cuda/ops.py": 500,  # every operation of a model on the GPU
     "kt_async/ffi/structs.py": 500,  # a mirror of kt.h
     "kt_async/text/tokenizer.py": 330,
     "kt_async/model/spec.py": 450,  # the only reader of foreign key names

@@ -11,9 +11,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kt_async.engine.cuda_copies import ExpertCopies, HostBuffers  # noqa: E402
-from kt_async.engine.cuda_experts import VramExperts  # noqa: E402
-from kt_async.engine.cuda_stream import StreamedExperts, around_step  # noqa: E402
+from kt_async.engine.cuda.copies import ExpertCopies, HostBuffers  # noqa: E402
+from kt_async.engine.cuda.experts import VramExperts  # noqa: E402
+from kt_async.engine.cuda.stream import StreamedExperts, around_step  # noqa: E402
 from kt_async.engine.expert_split import LayerRates, SplitRates  # noqa: E402
 from kt_async.errors import EngineError, NativeError  # noqa: E402
 from kt_async.ffi.handoff import ExpertSet  # noqa: E402

@@ -17,21 +17,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kt_async.engine.cuda_attention import (
+from kt_async.engine.cuda.attention import (
     FlashDecode,
     Heads,
     make_decode_planner,
     make_prefill_planner,
     make_scratch,
 )
-from kt_async.engine.cuda_block import Block
-from kt_async.engine.cuda_decode import PagedDecode, is_served
-from kt_async.engine.cuda_forward import Forward, Part, prompt_part
-from kt_async.engine.cuda_handoff import HandoffExperts
-from kt_async.engine.cuda_lane import CudaLane
-from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
-from kt_async.engine.cuda_stream import around_step
-from kt_async.engine.cuda_values import StepTensors
+from kt_async.engine.cuda.block import Block
+from kt_async.engine.cuda.decode import PagedDecode, is_served
+from kt_async.engine.cuda.forward import Forward, Part, prompt_part
+from kt_async.engine.cuda.handoff import HandoffExperts
+from kt_async.engine.cuda.lane import CudaLane
+from kt_async.engine.cuda.ops import CudaOps, RoutedExperts
+from kt_async.engine.cuda.stream import around_step
+from kt_async.engine.cuda.values import StepTensors
 from kt_async.errors import NativeError
 from kt_async.ffi import structs
 from kt_async.ffi.handoff import Handoff

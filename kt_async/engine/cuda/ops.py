@@ -15,13 +15,13 @@ from typing import Protocol
 
 import torch
 
-from kt_async.engine import cuda_gemv
 from kt_async.engine.cpu_program import rope_frequencies
-from kt_async.engine.cuda_args import ActsArg, RopeArg
-from kt_async.engine.cuda_kv import FP8, KvPages
-from kt_async.engine.cuda_overlap import OverlappedExperts
-from kt_async.engine.cuda_router import Router, add_experts, add_experts_and_norm
-from kt_async.engine.cuda_values import (
+from kt_async.engine.cuda import gemv as cuda_gemv
+from kt_async.engine.cuda.args import ActsArg, RopeArg
+from kt_async.engine.cuda.kv import FP8, KvPages
+from kt_async.engine.cuda.overlap import OverlappedExperts
+from kt_async.engine.cuda.router import Router, add_experts, add_experts_and_norm
+from kt_async.engine.cuda.values import (
     ExpertSum,
     FloatMatrix,
     NormOf,

@@ -16,11 +16,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kt_async.engine.cuda_copies import ExpertCopies
-from kt_async.engine.cuda_grouped import grouped_multiply
-from kt_async.engine.cuda_ops import CudaOps
-from kt_async.engine.cuda_stream import StreamedExperts
-from kt_async.engine.cuda_values import Rows, StepTensors
+from kt_async.engine.cuda.copies import ExpertCopies
+from kt_async.engine.cuda.grouped import grouped_multiply
+from kt_async.engine.cuda.ops import CudaOps
+from kt_async.engine.cuda.stream import StreamedExperts
+from kt_async.engine.cuda.values import Rows, StepTensors
 from kt_async.engine.expert_split import LayerRates, SplitRates
 from kt_async.model.spec import ModelSpec
 

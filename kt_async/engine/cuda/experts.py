@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kt_async.engine import cuda_gemv
-from kt_async.engine.cuda_args import GroupsArg
-from kt_async.engine.cuda_grouped import grouped_multiply
-from kt_async.engine.cuda_ops import CudaOps
-from kt_async.engine.cuda_values import ExpertSum, PackedMatrix, Rows
+from kt_async.engine.cuda import gemv as cuda_gemv
+from kt_async.engine.cuda.args import GroupsArg
+from kt_async.engine.cuda.grouped import grouped_multiply
+from kt_async.engine.cuda.ops import CudaOps
+from kt_async.engine.cuda.values import ExpertSum, PackedMatrix, Rows
 from kt_async.model.spec import ModelSpec
 
 _I32 = ctypes.c_int32

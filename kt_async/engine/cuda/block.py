@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kt_async.engine.cuda_args import PiecesArg
-from kt_async.engine.cuda_attention import StepPages
+from kt_async.engine.cuda.args import PiecesArg
+from kt_async.engine.cuda.attention import StepPages
 from kt_async.ffi import structs
 from kt_async.ffi.cuda import Kernels
 

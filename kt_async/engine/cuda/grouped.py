@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kt_async.engine.cuda_ops import CudaOps
-from kt_async.engine.cuda_values import PackedMatrix, Rows, address
+from kt_async.engine.cuda.ops import CudaOps
+from kt_async.engine.cuda.values import PackedMatrix, Rows, address
 
 _I32 = ctypes.c_int32
 _I64 = ctypes.c_int64

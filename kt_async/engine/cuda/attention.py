@@ -1,7 +1,7 @@
 """Paged attention for the GPU engine: flashinfer where it is installed, torch otherwise.
 
 A planner is told the step's shape on the host before the forward and returns the `attend` callable
-of `cuda_ops`. Page tables come from the scheduler's block: host views in pinned memory for
+of `ops`. Page tables come from the scheduler's block: host views in pinned memory for
 planning, device views for the kernels.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kt_async.engine.cuda_values import Attend
+from kt_async.engine.cuda.values import Attend
 
 _WORKSPACE_BYTES = 128 << 20
 

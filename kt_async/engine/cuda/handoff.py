@@ -1,6 +1,6 @@
 """Routed experts on the CPU inside a captured decode graph: ask, own work of the GPU, take.
 
-Protocol and mechanisms: native/src/device/handoff.h. cuda_probe finds out which mechanism works.
+Protocol and mechanisms: native/src/device/handoff.h. `probe` finds out which mechanism works.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kt_async.engine.cuda_args import SignalArg
-from kt_async.engine.cuda_experts import Names, VramExperts
-from kt_async.engine.cuda_ops import CudaOps
-from kt_async.engine.cuda_values import Rows, prepared_arg
+from kt_async.engine.cuda.args import SignalArg
+from kt_async.engine.cuda.experts import Names, VramExperts
+from kt_async.engine.cuda.ops import CudaOps
+from kt_async.engine.cuda.values import Rows, prepared_arg
 from kt_async.errors import EngineError
 from kt_async.ffi import structs
 from kt_async.ffi.cuda import KernelArgument
@@ -244,7 +244,7 @@ class HandoffExperts:
 
 @dataclass(frozen=True, slots=True)
 class CpuSum:
-    """Implements cuda_values.WaitingSum for a layer of a channel."""
+    """Implements values.WaitingSum for a layer of a channel."""
 
     channel: Channel
     ops: CudaOps

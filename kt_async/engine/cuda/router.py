@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kt_async.engine.cuda_args import (
+from kt_async.engine.cuda.args import (
     GroupsArg,
     RouterInputArg,
     RouterOutputArg,
     RoutingArg,
     SignalArg,
 )
-from kt_async.engine.cuda_values import ExpertSum, Rows, address, prepared_arg
+from kt_async.engine.cuda.values import ExpertSum, Rows, address, prepared_arg
 from kt_async.model.ops import Routing
 
 if TYPE_CHECKING:
-    from kt_async.engine.cuda_ops import CudaOps
+    from kt_async.engine.cuda.ops import CudaOps
 
 # As in router.cu.
 _THREADS = 256

@@ -13,18 +13,18 @@ import torch
 from tqdm import tqdm
 
 from kt_async.engine.cpu_program import ProgramRecorder
-from kt_async.engine.cuda_args import MatrixArg
-from kt_async.engine.cuda_calibrate import measure_rates
-from kt_async.engine.cuda_copies import ExpertCopies, HostBuffers, pin_experts
-from kt_async.engine.cuda_experts import Names, VramExperts, moe_names
-from kt_async.engine.cuda_handoff import Channel, HandoffExperts, Launch
-from kt_async.engine.cuda_kernels import kernels_for, launcher
-from kt_async.engine.cuda_kv import FP8, KvPages
-from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
-from kt_async.engine.cuda_probe import choose_mechanism
-from kt_async.engine.cuda_runner import CudaLimits, CudaRunner
-from kt_async.engine.cuda_stream import StreamedExperts
-from kt_async.engine.cuda_values import FloatMatrix, PackedMatrix, Weight
+from kt_async.engine.cuda.args import MatrixArg
+from kt_async.engine.cuda.calibrate import measure_rates
+from kt_async.engine.cuda.copies import ExpertCopies, HostBuffers, pin_experts
+from kt_async.engine.cuda.experts import Names, VramExperts, moe_names
+from kt_async.engine.cuda.handoff import Channel, HandoffExperts, Launch
+from kt_async.engine.cuda.kernels import kernels_for, launcher
+from kt_async.engine.cuda.kv import FP8, KvPages
+from kt_async.engine.cuda.ops import CudaOps, RoutedExperts
+from kt_async.engine.cuda.probe import choose_mechanism
+from kt_async.engine.cuda.runner import CudaLimits, CudaRunner
+from kt_async.engine.cuda.stream import StreamedExperts
+from kt_async.engine.cuda.values import FloatMatrix, PackedMatrix, Weight
 from kt_async.ffi import structs
 from kt_async.ffi.handoff import ExpertSet, Handoff, PackedPart, packed_matrix
 from kt_async.ffi.matrix import Matrix, dequantize
@@ -55,7 +55,7 @@ class CudaOptions:
     # rates, cpu leaves all to the CPU, gpu copies all to the GPU.
     prompt_experts: str = "auto"
     vram_layers: tuple[int, ...] = ()
-    handoff: str = ""  # one of cuda_handoff.MECHANISMS; empty = the first that works
+    handoff: str = ""  # one of handoff.MECHANISMS; empty = the first that works
 
 
 def dense_bytes(files: ModelFiles) -> int:

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import torch
 
-from kt_async.engine.cuda_args import ActsArg, CutArg, GroupsArg, MatrixArg, OutputsArg
-from kt_async.engine.cuda_values import PackedMatrix, address
+from kt_async.engine.cuda.args import ActsArg, CutArg, GroupsArg, MatrixArg, OutputsArg
+from kt_async.engine.cuda.values import PackedMatrix, address
 from kt_async.ffi.cuda import KernelArgument
 
 MAX_ROWS = 16  # of one launch

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from kt_async.engine.cuda_args import ActsArg, MatrixArg, PreparedArg
+from kt_async.engine.cuda.args import ActsArg, MatrixArg, PreparedArg
 
 
 @dataclass(slots=True)

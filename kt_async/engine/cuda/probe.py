@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kt_async.engine.cuda_handoff import MECHANISMS, Channel, Launch
+from kt_async.engine.cuda.handoff import MECHANISMS, Channel, Launch
 from kt_async.errors import EngineError, KtError
 from kt_async.ffi import structs
 

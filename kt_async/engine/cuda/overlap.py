@@ -1,4 +1,4 @@
-"""The contract of experts that somebody else computes while the GPU goes on (cuda_handoff)."""
+"""The contract of experts that somebody else computes while the GPU goes on (handoff)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
-from kt_async.engine.cuda_args import SignalArg
-from kt_async.engine.cuda_values import Rows
+from kt_async.engine.cuda.args import SignalArg
+from kt_async.engine.cuda.values import Rows
 
 if TYPE_CHECKING:
-    from kt_async.engine.cuda_ops import CudaOps
+    from kt_async.engine.cuda.ops import CudaOps
 
 
 @runtime_checkable

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kt_async.engine.cuda_args import DecodeStepArg, PartialsArg, RopeArg
-from kt_async.engine.cuda_attention import Heads
-from kt_async.engine.cuda_block import Block
-from kt_async.engine.cuda_ops import CudaOps
-from kt_async.engine.cuda_values import Rows, address, prepared_arg
+from kt_async.engine.cuda.args import DecodeStepArg, PartialsArg, RopeArg
+from kt_async.engine.cuda.attention import Heads
+from kt_async.engine.cuda.block import Block
+from kt_async.engine.cuda.ops import CudaOps
+from kt_async.engine.cuda.values import Rows, address, prepared_arg
 
 # As in attention.cu.
 _THREADS = 256
@@ -38,7 +38,7 @@ def is_served(heads: Heads, page_size: int) -> bool:
 
 @dataclass(slots=True)
 class PagedDecode:
-    """Implements cuda_ops.DecodeAttention for the rows of one block."""
+    """Implements ops.DecodeAttention for the rows of one block."""
 
     heads: Heads
     step: DecodeStepArg  # rows unset

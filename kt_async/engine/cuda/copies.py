@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kt_async.engine.cuda_args import MatrixArg
-from kt_async.engine.cuda_experts import Names
-from kt_async.engine.cuda_grouped import Matrices
-from kt_async.engine.cuda_values import PackedMatrix
+from kt_async.engine.cuda.args import MatrixArg
+from kt_async.engine.cuda.experts import Names
+from kt_async.engine.cuda.grouped import Matrices
+from kt_async.engine.cuda.values import PackedMatrix
 from kt_async.ffi.copies import copy_to_device
 from kt_async.ffi.handoff import ExpertSet
 

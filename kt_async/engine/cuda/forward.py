@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kt_async.engine.cuda_args import SampleSharesArg
-from kt_async.engine.cuda_block import SAMPLE_DTYPE, Block
-from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
-from kt_async.engine.cuda_values import Attend, StepTensors
+from kt_async.engine.cuda.args import SampleSharesArg
+from kt_async.engine.cuda.block import SAMPLE_DTYPE, Block
+from kt_async.engine.cuda.ops import CudaOps, RoutedExperts
+from kt_async.engine.cuda.values import Attend, StepTensors
 from kt_async.engine.runner import StepResult
 from kt_async.ffi import structs
 from kt_async.model import LAYERWISE, run_to_end

@@ -21,17 +21,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kt_async.engine.cuda_copies import ExpertCopies, HostBuffers
-from kt_async.engine.cuda_experts import Names, VramExperts
-from kt_async.engine.cuda_grouped import (
+from kt_async.engine.cuda.copies import ExpertCopies, HostBuffers
+from kt_async.engine.cuda.experts import Names, VramExperts
+from kt_async.engine.cuda.grouped import (
     HostPart,
     grouped_multiply,
     multiply_rows,
     sort_rows,
     sum_rows,
 )
-from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
-from kt_async.engine.cuda_values import Rows
+from kt_async.engine.cuda.ops import CudaOps, RoutedExperts
+from kt_async.engine.cuda.values import Rows
 from kt_async.engine.expert_split import LayerRates, SplitRates
 from kt_async.errors import EngineError
 from kt_async.ffi.handoff import ExpertSet
@@ -43,7 +43,7 @@ _LIMIT_TICKS = 20_000_000_000  # about ten seconds of clock64, for the CPU's par
 
 @dataclass(slots=True)
 class StreamedExperts:
-    """Implements cuda_ops.RoutedExperts for steps that run eagerly."""
+    """Implements ops.RoutedExperts for steps that run eagerly."""
 
     cpu: ExpertSet
     layer_of: Mapping[str, int]

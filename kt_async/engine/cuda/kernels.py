@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kt_async.engine.cuda_handoff import Launch
+from kt_async.engine.cuda.handoff import Launch
 from kt_async.ffi.cuda import KernelArgument, Kernels, compile_kernels, kernel_source
 
 _THREADS = 256

@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kt_async.engine.cuda_attention import Planner
-from kt_async.engine.cuda_block import Block
-from kt_async.engine.cuda_forward import Forward, prompt_part
-from kt_async.engine.cuda_ops import CudaOps, RoutedExperts
-from kt_async.engine.cuda_router import Router
-from kt_async.engine.cuda_stream import StreamedExperts, around_step
+from kt_async.engine.cuda.attention import Planner
+from kt_async.engine.cuda.block import Block
+from kt_async.engine.cuda.forward import Forward, prompt_part
+from kt_async.engine.cuda.ops import CudaOps, RoutedExperts
+from kt_async.engine.cuda.router import Router
+from kt_async.engine.cuda.stream import StreamedExperts, around_step
 from kt_async.engine.pace import Pace
 from kt_async.engine.runner import StepResult
 from kt_async.ffi import structs
