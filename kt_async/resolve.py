@@ -1,7 +1,7 @@
 """How `auto` settings become numbers, once the model file's header and the machine are known.
 
-Called once by `__main__`, which passes the memory arithmetic of the engine in. No I/O. Each derived value carries its reason (`Config.reasons`, shown by
---print-config).
+Called once by `__main__`, which passes the memory arithmetic of the engine in. No I/O. Each derived
+value carries its reason (`Config.reasons`, shown by --print-config).
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class _Resolver:
         on_gpu = self.new.get("device", wanted) != "cpu"
         if on_gpu and "chunk_size" not in self.raw.sources:
             # Each chunk copies experts to the GPU anew: long ones share that cost.
-            self.put("chunk_size", max(GPU_CHUNK, self.raw.max_batch_size), "GPU")
+            self.put("chunk_size", GPU_CHUNK, "GPU")
         valid = ("auto", "bf16", "fp8") if on_gpu else ("auto", "f32", "f16", "bf16")
         if self.raw.kv_dtype not in valid:
             self.errors.append(

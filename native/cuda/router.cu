@@ -53,35 +53,6 @@ union RouterShared {
   Grouping grouping;
 };
 
-// Experts of groups that are not among the best become unlikely; one warp.
-__device__ __forceinline__ void choose_groups(const Routing& p, float* choice, float* group) {
-  const int lane = threadIdx.x & 31, size = p.experts / p.groups;
-  for (int g = lane; g < p.groups; g += kWarp) {
-    float best = -3.4e38f, second = -3.4e38f;
-    for (int e = g * size; e < (g + 1) * size; ++e) {
-      if (choice[e] > best) {
-        second = best;
-        best = choice[e];
-      } else if (choice[e] > second) {
-        second = choice[e];
-      }
-    }
-    group[g] = p.sum_of_two ? best + second : best;
-  }
-  __syncwarp();
-  for (int g = lane; g < p.groups; g += kWarp) {
-    int better = 0;
-    for (int o = 0; o < p.groups; ++o) {
-      better += group[o] > group[g] || (group[o] == group[g] && o < g);
-    }
-    if (better >= p.groups_used) {
-      for (int e = g * size; e < (g + 1) * size; ++e) {
-        choice[e] = -3.2e38f;
-      }
-    }
-  }
-}
-
 // Scores of one token's logits, and what they are chosen by; one warp.
 __device__ __forceinline__ void score_experts(const float* logits, const Routing& p,
                                               Choosing& shared) {

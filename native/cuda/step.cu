@@ -209,6 +209,35 @@ struct Routing {
   const float* selection_bias;  // [E] or null
 };
 
+// Experts of groups that are not among the best become unlikely; one warp.
+__device__ __forceinline__ void choose_groups(const Routing& p, float* choice, float* group) {
+  const int lane = threadIdx.x & 31, size = p.experts / p.groups;
+  for (int g = lane; g < p.groups; g += kWarp) {
+    float best = -3.4e38f, second = -3.4e38f;
+    for (int e = g * size; e < (g + 1) * size; ++e) {
+      if (choice[e] > best) {
+        second = best;
+        best = choice[e];
+      } else if (choice[e] > second) {
+        second = choice[e];
+      }
+    }
+    group[g] = p.sum_of_two ? best + second : best;
+  }
+  __syncwarp();
+  for (int g = lane; g < p.groups; g += kWarp) {
+    int better = 0;
+    for (int o = 0; o < p.groups; ++o) {
+      better += group[o] > group[g] || (group[o] == group[g] && o < g);
+    }
+    if (better >= p.groups_used) {
+      for (int e = g * size; e < (g + 1) * size; ++e) {
+        choice[e] = -3.2e38f;
+      }
+    }
+  }
+}
+
 // Picks top_k experts per token, ties to the lower id; one warp per token, E <= 1024.
 extern "C" __global__ void route(const float* logits, Routing p, int* ids, float* weights) {
   release_next();
@@ -236,32 +265,7 @@ extern "C" __global__ void route(const float* logits, Routing p, int* ids, float
   }
   __syncwarp();
   if (p.groups > 1) {
-    const int size = p.experts / p.groups;
-    float* group = choice + p.experts;
-    for (int g = lane; g < p.groups; g += kWarp) {
-      float best = -3.4e38f, second = -3.4e38f;
-      for (int e = g * size; e < (g + 1) * size; ++e) {
-        if (choice[e] > best) {
-          second = best;
-          best = choice[e];
-        } else if (choice[e] > second) {
-          second = choice[e];
-        }
-      }
-      group[g] = p.sum_of_two ? best + second : best;
-    }
-    __syncwarp();
-    for (int g = lane; g < p.groups; g += kWarp) {
-      int better = 0;
-      for (int o = 0; o < p.groups; ++o) {
-        better += group[o] > group[g] || (group[o] == group[g] && o < g);
-      }
-      if (better >= p.groups_used) {
-        for (int e = g * size; e < (g + 1) * size; ++e) {
-          choice[e] = -3.2e38f;
-        }
-      }
-    }
+    choose_groups(p, choice, choice + p.experts);
     __syncwarp();
   }
   float sum = 0.0f, mine = 0.0f;
