@@ -175,9 +175,24 @@ class Kernels:
         self._attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION, b"", 1)
         self._module = ctypes.c_void_p()
         self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin), "load")
+        self._load_functions()
         self._functions: dict[str, ctypes.c_void_p] = {}
         self._allowed: dict[str, int] = {}  # kernel -> bytes of shared memory asked for
         self.overlaps = self._compute_capability() >= _FIRST_WITH_DEPENDENT_LAUNCH
+
+    def _load_functions(self) -> None:
+        """Load all functions now: a launch that has to load its own may wait for an idle GPU."""
+        names = ("cuModuleGetFunctionCount", "cuModuleEnumerateFunctions", "cuFuncLoad")
+        if not all(hasattr(self._driver, name) for name in names):
+            return  # a driver before CUDA 12.4
+        count = ctypes.c_uint()
+        status = self._driver.cuModuleGetFunctionCount(ctypes.byref(count), self._module)
+        self._check(status, "count")
+        functions = (ctypes.c_void_p * count.value)()
+        status = self._driver.cuModuleEnumerateFunctions(functions, count, self._module)
+        self._check(status, "list")
+        for function in functions:
+            self._check(self._driver.cuFuncLoad(ctypes.c_void_p(function)), "load")
 
     def _compute_capability(self) -> int:
         """Major number of the current context's device."""

@@ -110,9 +110,13 @@ class ExpertSet:
             )
         )
 
-    def spare(self, num_workers: int) -> None:
-        """So many workers (0 .. 2), the caller of run() first, only wait in later runs. [engine]"""
-        check(load().kt_expert_set_spare(self.handle, num_workers))
+    def start(self, job: structs.ExpertJob) -> None:
+        """Begin a run that ends without the caller's help; its arrays are borrowed. [engine]"""
+        check(load().kt_expert_set_start(self.handle, ctypes.byref(job)))
+
+    def join(self) -> bool:
+        """Sleep until it has ended, without the GIL; False when none was started. [engine]"""
+        return check(load().kt_expert_set_join(self.handle)) == structs.KT_OK
 
     def close(self) -> None:
         """Free the weights."""

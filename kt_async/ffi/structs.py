@@ -46,6 +46,7 @@ KT_MAX_LOGPROBS = 20
 KT_EXPERTS_GATE = 0
 KT_EXPERTS_UP = 1
 KT_EXPERTS_DOWN = 2
+KT_EXPERT_JOB_FAILED = 0x80000000
 KT_HANDOFF_SPIN = 0
 KT_HANDOFF_WAIT_VALUE = 1
 KT_HANDOFF_HOST_CALL = 2
@@ -296,14 +297,32 @@ class PackedPart(ctypes.Structure):
     )
 
 
+class ExpertJob(ctypes.Structure):
+    """Mirror of kt_expert_job."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("layer", ctypes.c_int32),
+        ("num_tokens", ctypes.c_int32),
+        ("num_spared", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("number", ctypes.c_uint32),
+        ("x", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("is_prompt", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("request", ctypes.c_void_p),
+        ("done", ctypes.c_void_p),
+        ("timeout_ns", ctypes.c_int64),
+        ("times_ns", ctypes.c_void_p),
+    )
+
+
 class Copy(ctypes.Structure):
     """Mirror of kt_copy."""
 
-    _fields_ = (
-        ("to", ctypes.c_void_p),
-        ("from", ctypes.c_void_p),
-        ("num_bytes", ctypes.c_int64),
-    )
+    _fields_ = (("to", ctypes.c_void_p), ("from", ctypes.c_void_p), ("num_bytes", ctypes.c_int64))
 
 
 class HandoffConfig(ctypes.Structure):

@@ -122,23 +122,32 @@ extern "C" __global__ void silu_mul_rows(const u16* gate_up, int cols, const int
   }
 }
 
-// Waits for the host's *done (limit in clock ticks) and clears it; 1 = its rows are complete. Any
-// other value, and 3 when the host never answers, goes to *error. One thread: the kernels after it
-// wait for it without holding multiprocessors.
-extern "C" __global__ void wait_for_host(u32* done, u32* error, i64 limit) {
+// Tells the host that everything before it on the stream is done. One thread.
+extern "C" __global__ void raise_flag(u32* flag, u32 number) {
+  wait_for_previous();
+  __threadfence_system();
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(number) : "memory");
+  release_next();
+}
+
+// Waits until the host's *done is `number`: its rows are complete. With the highest bit set they
+// never will be, which leaves 2 in *state; after `limit` clock ticks it leaves 3. One thread: the
+// kernels after it wait for it without holding multiprocessors.
+extern "C" __global__ void wait_for_host(const u32* done, u32* state, u32 number, i64 limit) {
   wait_for_previous();
   const i64 begin = clock64();
-  u32 value = 0;
-  while (value == 0) {
+  while (true) {
+    u32 value;
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
-    if (value == 0 && clock64() - begin > limit) {
-      value = 3;
+    if (value == number) {
+      break;
+    }
+    const bool failed = value == (number | 0x80000000u);
+    if (failed || clock64() - begin > limit) {
+      *state = failed ? 2 : 3;
+      break;
     }
   }
-  if (value != 1) {
-    *error = value;
-  }
-  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(done), "r"(0u) : "memory");
   release_next();
 }
 

@@ -398,9 +398,41 @@ KT_API int32_t kt_expert_set_part(const kt_expert_set* set, int32_t layer, int32
 KT_API int32_t kt_expert_set_run(kt_expert_set* set, int32_t layer, int32_t num_tokens,
                                  const float* x, const int32_t* ids, const float* weights,
                                  float* out, const uint8_t* is_prompt);
-/* [engine] The first num_workers (0 .. 2) workers, the calling thread first, only wait in the runs
- * that follow: their cores are free for the threads that drive the GPU. Results are the same. */
-KT_API int32_t kt_expert_set_spare(kt_expert_set* set, int32_t num_workers);
+
+/* A run for somebody who does not wait for it in the caller's thread: a GPU. Between start and end
+ * it needs neither the thread that started it nor any lock of that thread's language or of CUDA, so
+ * whatever they are blocked by, `done` comes. */
+typedef struct kt_expert_job {
+  uint32_t struct_size;
+  int32_t layer;
+  int32_t num_tokens;
+  int32_t num_spared; /* workers (0 .. 2), of which kt_pool_caller_cpu's is the first, that leave
+                         their cores to the threads that drive the GPU; results are the same */
+  int32_t reserved;
+  uint32_t number;      /* 1 .. 2^31 - 1: tells this job's flags from those of earlier ones */
+  const float* x;       /* [T, H]; need not be there before *request */
+  const int32_t* ids;   /* [T, K] as in kt_expert_set_run; there, like the rest, from the start */
+  const float* weights; /* [T, K] */
+  const uint8_t* is_prompt; /* [T] or NULL */
+  float* out;               /* [T, H] */
+  uint32_t* request;        /* becomes `number` when x is there (release); NULL: x is there */
+  uint32_t* done; /* out: `number` when out is complete (release), with KT_EXPERT_JOB_FAILED when
+                     it never will be */
+  int64_t timeout_ns; /* longest wait for *request */
+  int64_t* times_ns; /* out [2], may be NULL: when the rows were there and when out was complete, by
+                        the system's monotonic clock */
+} kt_expert_job;
+
+#define KT_EXPERT_JOB_FAILED 0x80000000u
+
+/* [engine] Begins a run on the pool's threads and returns; a job that is refused never touches
+ * `done`. The struct is copied; its arrays are borrowed until kt_expert_set_join or the end of
+ * kt_expert_set_destroy, which ends the wait for x. KT_ERR_STATE while a job is not joined; runs by
+ * other means are refused as well until then. */
+KT_API int32_t kt_expert_set_start(kt_expert_set* set, const kt_expert_job* job);
+/* [engine] Sleeps until the started job has ended; its error, if it failed. KT_IDLE when none was
+ * started. */
+KT_API int32_t kt_expert_set_join(kt_expert_set* set);
 
 /* [any] The packed form of a matrix, as one part. */
 KT_API int32_t kt_matrix_part(const kt_matrix* matrix, kt_packed_part* out);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +20,7 @@ if not torch.cuda.is_available():
 from gguf import GGMLQuantizationType, quants  # noqa: E402
 
 from kt_async.engine.cuda import probe as cuda_probe  # noqa: E402
+from kt_async.engine.cuda import stream  # noqa: E402
 from kt_async.engine.cuda.build import (  # noqa: E402
     CudaOptions,
     load_cuda_runner,
@@ -209,3 +212,28 @@ def test_shared_experts_run_while_the_cpu_computes(
     between = launched[at + 1 : launched.index("handoff_wait_norm", at)]
     assert any(name.startswith("multiply") for name in between), between
     assert [t[0] for t in ours] == [t[0] for t in generate(shared_checkpoint, use_graphs=False)]
+
+
+@pytest.mark.parametrize("prompt_experts", ["cpu", "auto"])
+def test_a_launch_that_waits_for_an_idle_gpu_ends(
+    checkpoint: Path, prompt_experts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading a kernel may do so behind the one that waits for the CPU, and keep all locks."""
+    driver = ctypes.PyDLL("libcuda.so.1")  # keeps the GIL
+    real, waits = stream.sum_rows, []
+
+    def blocked(*args: Any) -> Any:
+        begin = time.monotonic()
+        assert driver.cuCtxSynchronize() == 0
+        waits.append(time.monotonic() - begin)
+        return real(*args)
+
+    made = engine(checkpoint, prompt_experts=prompt_experts)
+    try:
+        expected = made.generate(PROMPTS, 16)
+        monkeypatch.setattr(stream, "sum_rows", blocked)
+        assert made.generate(PROMPTS, 16) == expected
+    finally:
+        made.close()
+    assert len(waits) >= SPEC.num_layers
+    assert max(waits) < 5

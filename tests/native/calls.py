@@ -148,7 +148,7 @@ def repeatable_calls(w: World) -> list[Call]:
         ("kt_matrix_part", [w.matrices[0], sized(structs.PackedPart)], ok),
         ("kt_experts_multiply", [*w.matrices, w.x, w.ids, w.weights, 2, TOP_K, w.out, None], ok),
         ("kt_expert_set_part", [w.set, 0, 0, 0, sized(structs.PackedPart)], ok),
-        ("kt_expert_set_spare", [w.set, 0], ok),
+        ("kt_expert_set_join", [w.set], idle),
         ("kt_expert_set_run", [w.set, 0, 2, w.x, w.ids, w.weights, w.out, None], ok),
         ("kt_model_run", [w.model, *step], ok),
         ("kt_model_read", [w.model, 0, 0, 1, memory], ok),
@@ -175,7 +175,18 @@ def creating_calls(w: World) -> list[Call]:
     new = ctypes.byref(ctypes.c_void_p())
     tokens = w.keep(np.array([1, 2], np.int32))
     request = structs.sized(structs.Request, num_tokens=2, tokens=tokens, seq_id=9, max_tokens=1)
+    job = structs.sized(
+        structs.ExpertJob,
+        num_tokens=2,
+        number=1,
+        x=w.x,
+        ids=w.ids,
+        weights=w.weights,
+        out=w.out,
+        done=w.keep(np.zeros(1, np.uint32)),
+    )
     return [
+        Call("kt_expert_set_start", [w.set, job]),
         Call("kt_pool_create", [structs.sized(structs.PoolConfig, num_threads=1, isa=-1), new]),
         Call("kt_model_create", [w.model_config(), w.pool, new]),
         Call("kt_matrix_create", [w.pool, w.tensors[0], new]),

@@ -114,6 +114,47 @@ void two_callers(kt::Workers& workers, int rounds) {
   expect(total.load() == int64_t{2} * rounds * workers.num_threads(), "two callers");
 }
 
+// Jobs that run beside this thread: joined late or after another job; with and without worker 0;
+// a failure is the joiner's, and the next job finds the pool in order.
+void started_jobs(kt::Workers& workers, int rounds) {
+  struct Work {
+    kt::Workers& workers;
+    std::vector<int64_t> values;  // plain data: the join orders it
+    int32_t fails = -1;
+  };
+  const int32_t threads = workers.num_threads();
+  const auto job = [](void* context, int32_t worker) {
+    auto& work = *static_cast<Work*>(context);
+    if (worker == work.fails) {
+      throw std::runtime_error("expected");
+    }
+    work.values[static_cast<size_t>(worker)] += 1;
+    work.workers.barrier();
+    work.values[static_cast<size_t>(worker)] += 1;
+  };
+  for (int round = 0; round < rounds; ++round) {
+    const bool without_first = round % 2 == 1 && threads > 1;
+    Work work{workers, std::vector<int64_t>(static_cast<size_t>(threads))};
+    work.fails = round % 5 == 4 ? threads - 1 : -1;
+    kt::Workers::Ticket ticket;
+    workers.start(job, &work, without_first, ticket);
+    if (round % 3 == 0) {
+      barriers(workers, 3);  // waits for the pool, not for the join
+    }
+    bool caught = false;
+    try {
+      workers.join(ticket);
+    } catch (const std::runtime_error&) {
+      caught = true;
+    }
+    expect(caught == (work.fails >= 0), "failure of a started job");
+    for (size_t worker = 0; !caught && worker < work.values.size(); ++worker) {
+      const int64_t expected = worker == 0 && without_first ? 0 : 2;
+      expect(work.values[worker] == expected, "both phases");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -124,6 +165,7 @@ int main() {
       shared_ranges(workers, 30);
       failing_jobs(workers, 30);
       two_callers(workers, 100);
+      started_jobs(workers, 100);
     }
   }
   for (int i = 0; i < 50; ++i) {

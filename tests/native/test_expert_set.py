@@ -92,19 +92,6 @@ def test_a_row_without_work_is_left_alone(experts: ExpertSet) -> None:
     assert (out[::2] == 7).all()
 
 
-def test_results_do_not_depend_on_who_computes(experts: ExpertSet) -> None:
-    x, ids, weights = inputs(MAX_TOKENS)
-    expected, out = np.empty_like(x), np.empty_like(x)
-    experts.run(0, x, ids, weights, expected)
-    for spared in (1, 2, 0):
-        experts.spare(spared)
-        out[:] = np.nan
-        experts.run(0, x, ids, weights, out)
-        np.testing.assert_array_equal(out, expected)
-    with pytest.raises(NativeError, match=r"num_workers is 3, allowed is 0 \.\. 2"):
-        experts.spare(3)
-
-
 def test_copies_need_a_cuda_runtime() -> None:
     if "libcudart" in Path("/proc/self/maps").read_text():
         pytest.skip("this process has a CUDA runtime")

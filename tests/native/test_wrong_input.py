@@ -97,7 +97,6 @@ OUT_OF_RANGE: list[tuple[str, int, tuple[int, ...], str]] = [
     ("kt_expert_set_part", 3, (-1, 1, HIGHEST), "part is"),
     ("kt_expert_set_run", 1, (-1, 1, LOWEST, HIGHEST), "layer is"),
     ("kt_expert_set_run", 2, (-1, 5, LOWEST, HIGHEST), "num_tokens is"),
-    ("kt_expert_set_spare", 1, (-1, 3, LOWEST, HIGHEST), "num_workers is"),
     ("kt_expert_set_create", 1, (0, -1, HIGHEST), "max_tokens is"),
     ("kt_expert_set_create", 2, (0, -1, 65), "top_k is"),
     ("kt_model_add_buffer", 1, (0, -1, LOWEST), "width"),

@@ -1,9 +1,9 @@
-"""The CPU's side of shared prompt experts: its thread, its flag and its core. Needs no GPU."""
+"""The CPU's side of shared prompt experts: its jobs, its failures and its core. Needs no GPU."""
 
 from __future__ import annotations
 
+import ctypes
 import os
-import threading
 from typing import Any, cast
 
 import numpy as np
@@ -12,47 +12,49 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kt_async.engine.cuda.copies import ExpertCopies, HostBuffers  # noqa: E402
+from kt_async.engine.cuda.cpu_part import CpuPart  # noqa: E402
 from kt_async.engine.cuda.experts import VramExperts  # noqa: E402
 from kt_async.engine.cuda.stream import StreamedExperts, around_step  # noqa: E402
 from kt_async.engine.expert_split import LayerRates, SplitRates  # noqa: E402
 from kt_async.errors import EngineError, NativeError  # noqa: E402
+from kt_async.ffi import structs  # noqa: E402
 from kt_async.ffi.handoff import ExpertSet  # noqa: E402
 
 TOKENS, HIDDEN, TOP_K, EXPERTS = 4, 8, 2, 4
 
 
 class FakeSet:
-    """Answers every row with ones; notes who asked, from where, and how many workers rest."""
+    """Answers every row with ones at the join; notes what it was asked, and from which cores."""
 
     caller_cpu = min(os.sched_getaffinity(0))
 
     def __init__(self) -> None:
-        self.spared: list[int] = []
-        self.cores: list[set[int]] = []
-        self.threads: list[str] = []
+        self.jobs: list[structs.ExpertJob] = []
         self.fails = False
+        self.out: Any = None
+        self._waiting: structs.ExpertJob | None = None
 
-    def spare(self, num_workers: int) -> None:
-        self.spared.append(num_workers)
+    def start(self, job: structs.ExpertJob) -> None:
+        self.jobs.append(job)
+        self._waiting = job
 
-    def run(self, layer: int, x: Any, ids: Any, weights: Any, out: Any, is_prompt: Any) -> None:
-        self.cores.append(os.sched_getaffinity(0))
-        self.threads.append(threading.current_thread().name)
+    def join(self) -> bool:
+        job, self._waiting = self._waiting, None
+        if job is None:
+            return False
         if self.fails:
-            raise NativeError(1, "no such expert")
-        out[:] = np.where((ids >= 0).any(1)[:, None], 1, out)
-
-
-class FakeEvent:
-    def synchronize(self) -> None:
-        """There is nothing to wait for."""
+            raise NativeError(structs.KT_ERR_INTERNAL, "no such expert")
+        count = job.num_tokens * TOP_K
+        ids = np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(job.ids))
+        self.out[:] = np.where((ids.reshape(-1, TOP_K) >= 0).any(1)[:, None], 1, self.out)
+        return True
 
 
 class FakeCopies:
     num_layers = 1
 
-    def start(self, layer: int, experts: Any) -> FakeEvent:
-        return FakeEvent()
+    def start(self, layer: int, experts: Any) -> None:
+        """There is nothing to wait for."""
 
 
 def experts(fake: FakeSet, *, copies: bool = True) -> StreamedExperts:
@@ -62,13 +64,13 @@ def experts(fake: FakeSet, *, copies: bool = True) -> StreamedExperts:
         weights=torch.zeros(TOKENS, TOP_K),
         out=torch.zeros(TOKENS, HIDDEN),
         gpu_computes=torch.zeros(EXPERTS, dtype=torch.uint8),
-        flags=torch.zeros(2, dtype=torch.int32),
+        flags=torch.zeros(3, 16, dtype=torch.int32),
     )
+    fake.out = host.out.numpy()
     made = StreamedExperts(
-        cpu=cast(ExpertSet, fake),
+        cpu=CpuPart(cast(ExpertSet, fake), host),
         layer_of={"blk.0.ffn_gate_exps.weight": 0},
         num_experts=EXPERTS,
-        host=host,
         vram=VramExperts({}),
     )
     if copies:
@@ -78,7 +80,7 @@ def experts(fake: FakeSet, *, copies: bool = True) -> StreamedExperts:
 
 def start(made: StreamedExperts, streamed: list[bool]) -> None:
     ids = np.array([[0, 1], [2, 3], [1, 2], [-1, -1]], np.int32)
-    made._start_cpu(0, ids, np.array(streamed), None, cast(Any, FakeEvent()))
+    made._start_cpu(0, ids, np.array(streamed))
 
 
 def test_the_cpu_computes_what_is_not_streamed() -> None:
@@ -86,10 +88,13 @@ def test_the_cpu_computes_what_is_not_streamed() -> None:
     made = experts(fake)
     with made.step(TOKENS):
         start(made, [True, True, False, False])
-    assert made.host.out[:, 0].tolist() == [0, 1, 1, 0]
-    assert fake.spared == [1, 0]
-    assert fake.threads[0].startswith("kt-experts")
-    made.close()
+        assert made.cpu.is_running
+    assert not made.cpu.is_running
+    assert made.cpu.host.out[:, 0].tolist() == [0, 1, 1, 0]
+    (job,) = fake.jobs
+    assert (job.layer, job.num_tokens, job.num_spared) == (0, TOKENS, 1)
+    assert job.x == made.cpu.host.x.data_ptr()
+    assert job.request < job.done
 
 
 def test_nothing_runs_when_everything_is_streamed() -> None:
@@ -97,23 +102,21 @@ def test_nothing_runs_when_everything_is_streamed() -> None:
     made = experts(fake)
     with made.step(TOKENS):
         start(made, [True] * EXPERTS)
-    assert fake.threads == []
-    assert not made.host.flags.any()
-    made.close()
+    assert fake.jobs == []
 
 
-def test_threads_stay_on_the_core_without_a_worker_during_a_step_only() -> None:
+def test_this_thread_stays_on_the_core_without_a_worker_during_a_step_only() -> None:
     fake = FakeSet()
     made, before = experts(fake), os.sched_getaffinity(0)
     with made.step(TOKENS):
         assert os.sched_getaffinity(0) == {fake.caller_cpu}
         start(made, [False] * EXPERTS)
-    assert fake.cores == [{fake.caller_cpu}]
     assert os.sched_getaffinity(0) == before
     with pytest.raises(ValueError, match="in the forward"), made.step(TOKENS):
+        start(made, [False] * EXPERTS)
         raise ValueError("in the forward")
     assert os.sched_getaffinity(0) == before
-    made.close()
+    assert not made.cpu.is_running  # else the pool would be refused to the next step
 
 
 def test_without_copies_the_cpu_has_all_its_cores() -> None:
@@ -122,8 +125,7 @@ def test_without_copies_the_cpu_has_all_its_cores() -> None:
     with around_step(made, TOKENS, is_decode=False):
         assert os.sched_getaffinity(0) == before
         start(made, [False] * EXPERTS)
-    assert fake.spared == [0, 0]
-    made.close()
+    assert [job.num_spared for job in fake.jobs] == [0]
 
 
 def test_generated_tokens_stay_on_the_cpu() -> None:
@@ -136,24 +138,36 @@ def test_generated_tokens_stay_on_the_cpu() -> None:
         assert not made._choose(0, ids).any()
     with around_step(made, 1, is_decode=False):
         assert made._choose(0, ids)[:2].all()
-    made.close()
 
 
-def test_a_failure_of_the_cpu_releases_the_gpu_and_is_raised() -> None:
+def test_a_failure_of_the_cpu_is_raised() -> None:
     fake = FakeSet()
     made = experts(fake)
     fake.fails = True
     with pytest.raises(NativeError, match="no such expert"), made.step(TOKENS):
         start(made, [False] * EXPERTS)
-        assert made._running is not None
-        made._running.exception()
-        assert made.host.flags[0] == 2  # the waiting kernel's way out
-    made.close()
+    fake.fails = False
+    with made.step(TOKENS):
+        start(made, [False] * EXPERTS)
 
 
-def test_a_cpu_that_did_not_answer_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("state", "message"), [(2, r"failed in a prompt step \(state 2\)"), (3, "lower --chunk_size")]
+)
+def test_what_the_gpu_did_not_get_is_an_error(state: int, message: str) -> None:
     made = experts(FakeSet())
-    with pytest.raises(EngineError, match=r"did not answer the GPU \(state 3\)"), made.step(TOKENS):
-        made.host.flags[1] = 3
-    assert not made.host.flags.any()
-    made.close()
+    with pytest.raises(EngineError, match=message), made.step(TOKENS):
+        made.cpu.host.flags[2, 0] = state
+    with made.step(TOKENS):
+        pass
+
+
+def test_numbers_of_layers_are_never_zero_nor_marked_as_failed() -> None:
+    fake = FakeSet()
+    made = experts(fake)
+    made.cpu._number = structs.KT_EXPERT_JOB_FAILED - 2
+    for _ in range(3):
+        made.cpu.run(0, np.zeros((TOKENS, TOP_K), np.int32), None, num_spared=0)
+    most = structs.KT_EXPERT_JOB_FAILED - 1
+    assert [job.number for job in fake.jobs] == [most, 1, 2]
+    assert not any(job.request for job in fake.jobs)

@@ -16,6 +16,7 @@ from kt_async.engine.cpu_program import ProgramRecorder
 from kt_async.engine.cuda.args import MatrixArg
 from kt_async.engine.cuda.calibrate import measure_rates
 from kt_async.engine.cuda.copies import ExpertCopies, HostBuffers, pin_experts
+from kt_async.engine.cuda.cpu_part import CpuPart
 from kt_async.engine.cuda.experts import Names, VramExperts, moe_names
 from kt_async.engine.cuda.handoff import Channel, HandoffExperts, Launch
 from kt_async.engine.cuda.kernels import kernels_for, launcher
@@ -161,8 +162,6 @@ def load_cuda_runner(
     )
 
     def free() -> None:
-        if isinstance(prefill, StreamedExperts):
-            prefill.close()
         for address in pinned:
             torch.cuda.cudart().cudaHostUnregister(address)
         if cpu_experts is not None:
@@ -234,12 +233,12 @@ def _expert_backends(
         return vram, vram, Handoff(no_handoff, None)
     layer_of = {layer[0]: number for number, layer in enumerate(names)}
     prefill = StreamedExperts(
-        cpu=cpu_experts,
+        cpu=CpuPart(
+            cpu_experts,
+            HostBuffers.allocate(layout.max_tokens, spec.hidden_size, spec.top_k, spec.num_experts),
+        ),
         layer_of=layer_of,
         num_experts=spec.num_experts,
-        host=HostBuffers.allocate(
-            layout.max_tokens, spec.hidden_size, spec.top_k, spec.num_experts
-        ),
         vram=vram,
     )
     if not options.use_graphs:
@@ -265,6 +264,6 @@ def _prepare_streaming(
     # A type without a CUDA kernel cannot be used from a copy: the CPU computes it.
     types = {loader.files.tensors[name].type for layer in names for name in layer}
     if types <= KERNEL_TYPES and options.prompt_experts != "cpu":
-        prefill.copies = ExpertCopies(prefill.cpu, names, loader.shapes, spec.num_experts)
+        prefill.copies = ExpertCopies(prefill.cpu.cpu, names, loader.shapes, spec.num_experts)
         if options.prompt_experts == "auto":
             measure_rates(prefill, ops, spec, FORWARDS[spec.architecture], overlap=overlap)

@@ -33,7 +33,8 @@ _PAUSE_S = 5e-4  # as long as a layer's other work
 _PAIRS_PER_ROW = 2  # a row's other experts are the GPU's
 _COPIES = 2  # of a whole layer beside each measurement
 _FEW_TOKENS = 64
-_GAP_LAYERS = 5
+_GAP_LAYERS = 4
+_NEVER_S = 1e6
 
 
 def measure_rates(
@@ -56,7 +57,8 @@ def measure_rates(
     few, many = _token_counts(experts)
     gpu = [_gpu_seconds(experts, ops, tokens) for tokens in (few, many)]
     rates = SplitRates(layers, _line(few, many, gpu), (0.0, 0.0), overlap)
-    experts.rates = rates
+    # A GPU that is slower than anything: the CPU then waits for its rows only, not for copies.
+    experts.rates = replace(rates, gpu_s=(_NEVER_S, 0.0))
     gaps = [_gap_seconds(experts, ops, spec, forward, tokens) for tokens in (few, many)]
     rates = replace(rates, gap_s=_line(few, many, gaps))
     experts.rates = rates
@@ -74,9 +76,9 @@ def describe(rates: SplitRates, experts: StreamedExperts) -> str:
         for rows, seconds in zip(first.cpu_rows, first.cpu_s, strict=True)
         if rows in (1, 8, 64)
     )
-    top_k, count = experts.host.ids.shape[1], experts.num_experts
+    top_k, count = experts.cpu.host.ids.shape[1], experts.num_experts
     crossover = "never"
-    for tokens in range(1, len(experts.host.ids) + 1):
+    for tokens in range(1, len(experts.cpu.host.ids) + 1):
         counts = np.full(count, max(1, round(tokens * top_k / count)), np.int64)
         counts[min(count, tokens * top_k) :] = 0
         if rates.choose(0, tokens, counts, 0).sum() > (counts > 0).sum() / 2:
@@ -98,7 +100,7 @@ def _line(few: int, many: int, seconds: list[float]) -> tuple[float, float]:
 
 
 def _token_counts(experts: StreamedExperts) -> tuple[int, int]:
-    most = len(experts.host.ids)
+    most = len(experts.cpu.host.ids)
     return min(_FEW_TOKENS, most), most
 
 
@@ -143,24 +145,25 @@ def _timed(run: Callable[[int], None], layer: int) -> float:
 
 def _cpu_run(experts: StreamedExperts, used: int, per_expert: int) -> Callable[[int], None] | None:
     """Runs experts 0 .. used - 1 of a layer with so many rows each; None if they do not fit."""
-    host = experts.host
+    host = experts.cpu.host
     per_row = min(_PAIRS_PER_ROW, host.ids.shape[1], used)
     tokens = -(-used * per_expert // per_row)
     if tokens > len(host.ids) or used > experts.num_experts:
         return None
-    x, weights, out = (t[:tokens].numpy() for t in (host.x, host.weights, host.out))
+    x, weights = (t[:tokens].numpy() for t in (host.x, host.weights))
     x[:] = np.random.default_rng(1).standard_normal(x.shape, np.float32)
     weights[:] = 1.0 / weights.shape[1]
     ids = np.full(weights.shape, -1, np.int32)
     ids[:, :per_row] = np.arange(tokens * per_row).reshape(tokens, -1) % used
     is_prompt = np.ones(tokens, np.uint8)
-    return lambda layer: experts.run_beside(layer, x, ids, weights, out, is_prompt)
+    spared = experts.num_spared
+    return lambda layer: experts.cpu.run(layer, ids, is_prompt, num_spared=spared)
 
 
 def _gpu_seconds(experts: StreamedExperts, ops: CudaOps, tokens: int) -> float:
     """One layer's products on the GPU with every expert used alike."""
     assert experts.copies is not None
-    top_k, hidden = experts.host.ids.shape[1], experts.host.x.shape[1]
+    top_k, hidden = experts.cpu.host.ids.shape[1], experts.cpu.host.x.shape[1]
     copied = experts.copies.start(0, np.arange(experts.num_experts))
     torch.cuda.current_stream().wait_event(copied)
     values = torch.zeros((tokens, hidden), dtype=torch.float32, device="cuda")
@@ -202,11 +205,11 @@ def _gap_seconds(
     try:
         for _ in range(2):  # the first run loads and warms
             with experts.step(tokens):
-                experts.trace = trace = []
+                experts.cpu.trace = trace = []
                 forward(ops, replace(spec, num_layers=last + 1))
                 torch.cuda.current_stream().synchronize()
         gaps = [start - end for (_, end), (start, _) in itertools.pairwise(trace)]
     finally:
         ops.step, ops.experts_backend = kept
-        experts.trace = None
+        experts.cpu.trace = None
     return float(np.median(gaps)) if gaps else 0.0

@@ -32,7 +32,7 @@ class HostBuffers:
     weights: torch.Tensor  # f32 [T, K]
     out: torch.Tensor  # f32 [T, H]
     gpu_computes: torch.Tensor  # uint8 [E]
-    flags: torch.Tensor  # int32 [2]: out is complete (2 = the CPU failed); what went wrong
+    flags: torch.Tensor  # int32 [3, 16]: word 0 of a line is a flag, see cpu_part.py
 
     @staticmethod
     def allocate(tokens: int, hidden: int, top_k: int, num_experts: int) -> HostBuffers:
@@ -45,7 +45,7 @@ class HostBuffers:
             weights=pinned(tokens, top_k),
             out=pinned(tokens, hidden),
             gpu_computes=pinned(num_experts, dtype=torch.uint8),
-            flags=pinned(2, dtype=torch.int32),
+            flags=pinned(3, 16, dtype=torch.int32),
         )
 
 

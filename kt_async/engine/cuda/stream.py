@@ -1,19 +1,17 @@
 """Routed experts of prompt chunks: part copied over PCIe for the GPU, part left on the CPU.
 
 Per layer: the ids come to the host, the cost model (engine/expert_split.py) picks the experts to
-stream, a thread of its own runs the CPU's experts, and meanwhile the copies, the GPU's products and
-the next layer up to its router are put on their streams. There a kernel waits for the CPU's sum,
-which is added last, in a fixed order. Two device buffers alternate, so that part of the next
-layer's experts is copied before that layer's rows are known: the bus never rests.
+stream, the native library's threads run the CPU's experts, and meanwhile the copies, the GPU's
+products and the next layer up to its router are put on their streams. There a kernel waits for the
+CPU's sum (engine/cuda/cpu_part.py), which is added last, in a fixed order. Two device buffers
+alternate, so that part of the next layer's experts is copied before that layer's rows are known:
+the bus never rests.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
@@ -21,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kt_async.engine.cuda.copies import ExpertCopies, HostBuffers
+from kt_async.engine.cuda.copies import ExpertCopies
+from kt_async.engine.cuda.cpu_part import CpuPart
 from kt_async.engine.cuda.experts import Names, VramExperts
 from kt_async.engine.cuda.grouped import (
     HostPart,
@@ -33,28 +32,19 @@ from kt_async.engine.cuda.grouped import (
 from kt_async.engine.cuda.ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda.values import Rows
 from kt_async.engine.expert_split import LayerRates, SplitRates
-from kt_async.errors import EngineError
-from kt_async.ffi.handoff import ExpertSet
-
-_I64 = ctypes.c_int64
-_PTR = ctypes.c_void_p
-_LIMIT_TICKS = 20_000_000_000  # about ten seconds of clock64, for the CPU's part of one layer
+from kt_async.errors import NativeError
 
 
 @dataclass(slots=True)
 class StreamedExperts:
     """Implements ops.RoutedExperts for steps that run eagerly."""
 
-    cpu: ExpertSet
+    cpu: CpuPart
     layer_of: Mapping[str, int]
     num_experts: int
-    host: HostBuffers
     vram: VramExperts  # computes the layers that are not in layer_of
     copies: ExpertCopies | None = None  # None: everything stays on the CPU
     rates: SplitRates | None = None  # None: stream every expert, if copies can be made
-    trace: list[tuple[float, float]] | None = None  # when set: the CPU's start and end per layer
-    _thread: ThreadPoolExecutor = field(init=False)
-    _running: Future[None] | None = None  # the CPU's part of the last layer
     _use_cpu: bool = True
     _use_gpu: bool = True
     _tokens: int = 0
@@ -62,23 +52,23 @@ class StreamedExperts:
     _ahead: dict[int, int] = field(default_factory=dict)  # layer -> experts copied ahead
     _copied: dict[int, torch.cuda.Event] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "kt-experts", lambda: _move_to(self._core()))
-
     @contextmanager
     def step(self, rows: int, *, use_gpu: bool = True) -> Iterator[None]:
         """Around a forward and the wait for its stream. Raises what failed on the CPU.
 
-        This thread and the one that runs the CPU's experts stay on the core without a worker: one
-        that has to share its core is late, and all others wait for it.
+        This thread stays on the core without a worker: a worker that has to share its core is late,
+        and all others wait for it.
         """
         self._use_gpu = use_gpu
-        before = _move_to(self._core())
+        before = _move_to(self.cpu.cpu.caller_cpu if self.num_spared else -1)
         try:
             self.begin_step(rows, use_gpu=use_gpu)
             yield
-            self._end_step()
+            self.cpu.join()
+            self.cpu.check()
         finally:
+            with suppress(NativeError):  # known, or less than what is being raised
+                self.cpu.join()
             os.sched_setaffinity(0, before)
 
     def begin_step(self, rows: int, *, use_cpu: bool = True, use_gpu: bool = True) -> None:
@@ -93,23 +83,12 @@ class StreamedExperts:
         self._ahead_of.clear()
         self._copied.clear()
         self._tokens = rows
-        self._running = None
         self._copy_ahead(0)
 
-    def _end_step(self) -> None:
-        self._wait_cpu()
-        state = int(self.host.flags[1])
-        self.host.flags.zero_()
-        if state:
-            raise EngineError(f"the CPU experts did not answer the GPU (state {state})")
-
-    def close(self) -> None:
-        self._thread.shutdown()
-
-    def _core(self) -> int:
-        """Of the threads that drive the GPU while the CPU computes; -1 = any."""
-        shares = self._use_gpu and self.copies is not None
-        return self.cpu.caller_cpu if shares else -1
+    @property
+    def num_spared(self) -> int:
+        """Workers that leave their core to the thread that drives the GPU."""
+        return int(self._use_gpu and self.copies is not None)
 
     def __call__(
         self,
@@ -157,16 +136,16 @@ class StreamedExperts:
         weights: torch.Tensor,
         layer: int,
     ) -> torch.Tensor:
-        ids_known, rows_known = self._fetch(x, ids, weights)
-        self._wait_cpu()  # asleep: until then its workers have better use for this core
+        assert x.f32 is not None
+        cpu, host = self.cpu, self.cpu.host
+        ids_known = cpu.fetch(ops, x.f32, ids, weights)
+        cpu.join()  # asleep: until then the workers have better use for this core
         ids_known.synchronize()
-        host_ids = self.host.ids[: len(ids)].numpy()
+        host_ids = host.ids[: len(ids)].numpy()
         streamed = self._choose(layer, host_ids)
-        # On the CPU too, the arithmetic belongs to the token: prompt tokens in bf16 where it is fast.
-        is_prompt = np.ones(len(ids), np.uint8) if self._use_gpu else None
-        self._start_cpu(layer, host_ids, streamed, is_prompt, rows_known)
-        self.host.gpu_computes.numpy()[:] = streamed
-        part = HostPart(self.host.gpu_computes, self.host.out)
+        self._start_cpu(layer, host_ids, streamed)
+        host.gpu_computes.numpy()[:] = streamed
+        part = HostPart(host.gpu_computes, host.out)
         by_expert = sort_rows(ops, ids, self.num_experts, part)
         y = None
         if streamed.any():
@@ -174,25 +153,9 @@ class StreamedExperts:
             matrices = copies.matrices(layer)
             y = multiply_rows(ops, x, by_expert, ids.shape[1], matrices)
             copies.release(layer)
-        if self._running is not None:
-            flags = self.host.flags.data_ptr()
-            arguments = [_PTR(flags), _PTR(flags + 4), _I64(_LIMIT_TICKS)]
-            ops.launch("wait_for_host", (1, 1), arguments, 1)
+        if cpu.is_running:
+            cpu.wait_in_stream(ops)
         return sum_rows(ops, y, by_expert, weights, residual, part)
-
-    def _fetch(
-        self, x: Rows, ids: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Bring a layer's rows to the host; the events follow the ids and everything."""
-        assert x.f32 is not None
-        tokens = len(ids)
-        self.host.ids[:tokens].copy_(ids, non_blocking=True)
-        ids_known, rows_known = torch.cuda.Event(), torch.cuda.Event()
-        ids_known.record()
-        self.host.weights[:tokens].copy_(weights, non_blocking=True)
-        self.host.x[:tokens].copy_(x.f32, non_blocking=True)
-        rows_known.record()
-        return ids_known, rows_known
 
     def _choose(self, layer: int, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
         """bool [E]: the experts that the GPU computes."""
@@ -218,7 +181,7 @@ class StreamedExperts:
         count = self.num_experts
         if not self._streams_all():
             assert self.rates is not None
-            kind, top_k = self.rates.layers[layer], self.host.ids.shape[1]
+            kind, top_k = self.rates.layers[layer], self.cpu.host.ids.shape[1]
             if kind not in self._ahead_of:
                 made = self.rates.ahead(layer, self._tokens, top_k, self.num_experts)
                 self._ahead_of[kind] = made
@@ -228,58 +191,13 @@ class StreamedExperts:
             self._copied[layer] = copies.start(layer, np.arange(count))
 
     def _start_cpu(
-        self,
-        layer: int,
-        ids: npt.NDArray[np.int32],
-        streamed: npt.NDArray[np.bool_],
-        is_prompt: npt.NDArray[np.uint8] | None,
-        rows_known: torch.cuda.Event,
+        self, layer: int, ids: npt.NDArray[np.int32], streamed: npt.NDArray[np.bool_]
     ) -> None:
         mine = np.where((ids < 0) | streamed[ids], np.int32(-1), ids)
-        self._running = None
         if (mine >= 0).any():
-            self._running = self._thread.submit(self._run_cpu, layer, mine, is_prompt, rows_known)
-
-    def _run_cpu(
-        self,
-        layer: int,
-        ids: npt.NDArray[np.int32],
-        is_prompt: npt.NDArray[np.uint8] | None,
-        rows_known: torch.cuda.Event,
-    ) -> None:
-        """In a thread of its own. The GPU waits for the flag, whatever happens."""
-        host, tokens, state = self.host, len(ids), 2
-        try:
-            rows_known.synchronize()
-            x, weights, out = (t[:tokens].numpy() for t in (host.x, host.weights, host.out))
-            begin = time.perf_counter()
-            self.run_beside(layer, x, ids, weights, out, is_prompt)
-            if self.trace is not None:
-                self.trace.append((begin, time.perf_counter()))
-            state = 1
-        finally:
-            host.flags.numpy()[0] = state
-
-    def run_beside(
-        self,
-        layer: int,
-        x: npt.NDArray[np.float32],
-        ids: npt.NDArray[np.int32],
-        weights: npt.NDArray[np.float32],
-        out: npt.NDArray[np.float32],
-        is_prompt: npt.NDArray[np.uint8] | None,
-    ) -> None:
-        """The CPU's experts, with cores left for the threads that drive the GPU meanwhile."""
-        self.cpu.spare(int(self._core() >= 0))
-        try:
-            self.cpu.run(layer, x, ids, weights, out, is_prompt)
-        finally:
-            self.cpu.spare(0)
-
-    def _wait_cpu(self) -> None:
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+            # Here too the arithmetic belongs to the token: prompt tokens in bf16 where it is fast.
+            is_prompt = np.ones(len(ids), np.uint8) if self._use_gpu else None
+            self.cpu.start(layer, mine, is_prompt, num_spared=self.num_spared)
 
 
 def around_step(

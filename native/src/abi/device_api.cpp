@@ -41,7 +41,7 @@ int32_t kt_expert_set_create(kt_pool* pool, int32_t max_tokens, int32_t top_k,
   return kt::guard([&] {
     kt::require_handle(pool, "pool");
     kt::require_handle(out, "out");
-    *out = new kt_expert_set{kt::ExpertSet(pool->workers, max_tokens, top_k)};
+    *out = new kt_expert_set{{pool->workers, max_tokens, top_k}};
     return KT_OK;
   });
 }
@@ -104,11 +104,24 @@ int32_t kt_expert_set_run(kt_expert_set* set, int32_t layer, int32_t num_tokens,
   });
 }
 
-int32_t kt_expert_set_spare(kt_expert_set* set, int32_t num_workers) {
+int32_t kt_expert_set_start(kt_expert_set* set, const kt_expert_job* job) {
   return kt::guard([&] {
     kt::require_handle(set, "set");
-    set->experts.spare(num_workers);
+    kt::require_struct(job, "kt_expert_job");
+    kt::require_handle(job->x, "x");
+    kt::require_handle(job->ids, "ids");
+    kt::require_handle(job->weights, "weights");
+    kt::require_handle(job->out, "out");
+    kt::require_handle(job->done, "done");
+    set->experts.start(*job);
     return KT_OK;
+  });
+}
+
+int32_t kt_expert_set_join(kt_expert_set* set) {
+  return kt::guard([&] {
+    kt::require_handle(set, "set");
+    return set->experts.join() ? KT_OK : KT_IDLE;
   });
 }
 

@@ -1,11 +1,30 @@
 #include "experts/expert_set.h"
 
 #include <algorithm>
+#include <chrono>
 #include <string>
+#include <thread>
 
 #include "base/error.h"
 
 namespace kt {
+namespace {
+
+constexpr int64_t kSpinsBeforeYield = 4096;  // more than a hundred microseconds
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
 
 ExpertSet::ExpertSet(Workers& workers, int32_t max_tokens, int32_t top_k)
     : workers_(workers), max_tokens_(max_tokens), top_k_(top_k) {
@@ -82,28 +101,20 @@ void ExpertSet::check_ids(const Layer& layer, int32_t num_tokens, const int32_t*
   }
 }
 
-void ExpertSet::spare(int32_t num_workers) {
-  if (num_workers < 0 || num_workers > 2) {
-    fail_argument("num_workers is " + std::to_string(num_workers) + ", allowed is 0 .. 2");
-  }
-  num_spared_ = std::min(num_workers, workers_.num_threads() - 1);
-}
-
-void ExpertSet::run(int32_t layer, int32_t num_tokens, const float* x, const int32_t* ids,
-                    const float* weights, const uint8_t* is_prompt, float* out) {
+void ExpertSet::set_up(Run& run, const kt_expert_job& wanted) {
   if (!finished_) {
     fail_state("the expert set is not finished");
   }
-  weight(layer, KT_EXPERTS_GATE);  // checks the layer number
-  if (num_tokens < 0 || num_tokens > max_tokens_) {
-    fail_argument("num_tokens is " + std::to_string(num_tokens) + ", allowed is 0 .. " +
+  weight(wanted.layer, KT_EXPERTS_GATE);  // checks the layer number
+  if (wanted.num_tokens < 0 || wanted.num_tokens > max_tokens_) {
+    fail_argument("num_tokens is " + std::to_string(wanted.num_tokens) + ", allowed is 0 .. " +
                   std::to_string(max_tokens_));
   }
-  if (num_tokens == 0) {
-    return;
+  if (wanted.num_spared < 0 || wanted.num_spared > 2) {
+    fail_argument("num_spared is " + std::to_string(wanted.num_spared) + ", allowed is 0 .. 2");
   }
-  const Layer& l = layers_[static_cast<size_t>(layer)];
-  check_ids(l, num_tokens, ids);
+  const Layer& l = layers_[static_cast<size_t>(wanted.layer)];
+  check_ids(l, wanted.num_tokens, wanted.ids);
   for (int32_t t = 0; t < 2 * workers_.num_nodes(); ++t) {
     tails_[t].next.store(0);
   }
@@ -111,41 +122,163 @@ void ExpertSet::run(int32_t layer, int32_t num_tokens, const float* x, const int
   job.weights = {&l.gate, &l.up, &l.down};
   job.x = acts_;
   job.x_stride = act_row_bytes(l.gate.act, l.gate.cols);
-  job.out = out;
+  job.out = wanted.out;
   job.out_stride = l.down.rows;
   job.used = used_;
-  job.num_tokens = num_tokens;
+  job.num_tokens = wanted.num_tokens;
   job.matrix = matrix_kernels(workers_.isa());
   job.vector = vector_kernels(workers_.isa());
   job.tails = tails_;
-  job.first_worker = num_spared_;
-  job.is_prompt = prompt_flags(*job.matrix, is_prompt);
-  const int32_t cols = l.gate.cols, threads = workers_.num_threads();
-  // Pieces of rows, so that one row alone is also prepared by several workers.
-  const int64_t blocks = (cols + 31) / 32;
-  workers_.for_each([&](int32_t worker) {
-    const int32_t spared = num_spared_;
-    const Range mine =
-        worker < spared ? Range{} : split(blocks * num_tokens, worker - spared, threads - spared);
-    for (int64_t at = mine.first; at < mine.last;) {
-      const int64_t row = at / blocks, first = at % blocks;
-      const int64_t count = std::min(blocks - first, mine.last - at);
-      const auto column = static_cast<int32_t>(first * 32);
-      const auto columns = static_cast<int32_t>(std::min<int64_t>(count * 32, cols - column));
-      if (used_[row] != 0) {
-        const bool prompt = job.is_prompt != nullptr && job.is_prompt[row] != 0;
-        job.matrix->prepare(form_of(l.gate.act, prompt), x + row * cols + column, cols, column,
-                            columns, acts_ + row * job.x_stride);
-      }
-      at += count;
+  // Somebody of the first node must be left: its share of the weights is nobody else's.
+  const auto on_first_node = static_cast<int32_t>(workers_.workers_of(0).last);
+  job.first_worker = std::min(wanted.num_spared, on_first_node - 1);
+  job.is_prompt = prompt_flags(*job.matrix, wanted.is_prompt);
+  run.set = this;
+  run.job = job;
+  run.x = wanted.x;
+  run.ids = wanted.ids;
+  run.weights = wanted.weights;
+  run.num_experts = l.gate.num_experts;
+}
+
+void ExpertSet::run(int32_t layer, int32_t num_tokens, const float* x, const int32_t* ids,
+                    const float* weights, const uint8_t* is_prompt, float* out) {
+  kt_expert_job wanted{};
+  wanted.layer = layer;
+  wanted.num_tokens = num_tokens;
+  wanted.x = x;
+  wanted.ids = ids;
+  wanted.weights = weights;
+  wanted.is_prompt = is_prompt;
+  wanted.out = out;
+  if (is_started_) {
+    fail_state("a job of the expert set was started and is not joined");
+  }
+  Run run;
+  set_up(run, wanted);
+  if (num_tokens > 0) {
+    workers_.run(work, &run);
+  }
+}
+
+void ExpertSet::start(const kt_expert_job& wanted) {
+  if (is_started_) {
+    fail_state("a job of the expert set was started and is not joined");
+  }
+  if (wanted.number < 1 || wanted.number > INT32_MAX) {
+    fail_argument("number is " + std::to_string(wanted.number) + ", allowed is 1 .. 2147483647");
+  }
+  if (wanted.timeout_ns < 0) {
+    fail_argument("timeout_ns is " + std::to_string(wanted.timeout_ns) + ", at least 0");
+  }
+  set_up(started_, wanted);
+  started_job_ = wanted;
+  started_.flags = &started_job_;
+  started_.deadline_ns = now_ns() + wanted.timeout_ns;
+  started_.left.store(workers_.num_threads() - started_.job.first_worker);
+  workers_.start(work, &started_, started_.job.first_worker > 0, ticket_);
+  is_started_ = true;
+}
+
+bool ExpertSet::join() {
+  if (!is_started_) {
+    return false;
+  }
+  is_started_ = false;
+  workers_.join(ticket_);
+  return true;
+}
+
+ExpertSet::~ExpertSet() {
+  gives_up_.store(true);
+  try {
+    join();
+  } catch (...) {  // NOLINT(bugprone-empty-catch): nobody is left to be told
+  }
+}
+
+// A started job always answers: with a failure too, and before anybody joins it, because the GPU
+// may be what the thread that would join waits for.
+void ExpertSet::work(void* context, int32_t worker) {
+  Run& run = *static_cast<Run*>(context);
+  try {
+    run.set->compute(run, worker);
+  } catch (...) {
+    if (run.flags != nullptr) {
+      std::atomic_ref<uint32_t>(*run.flags->done)
+          .store(run.flags->number | KT_EXPERT_JOB_FAILED, std::memory_order_release);
     }
-    group_pairs(ids, weights, num_tokens, top_k_, l.gate.num_experts, job.is_prompt,
-                buffers_.groupings[static_cast<size_t>(worker)]);
-    workers_.barrier();
-    run_up(workers_, job, buffers_, worker);
-    workers_.barrier();
-    run_down(workers_, job, buffers_, worker);
-  });
+    throw;
+  }
+}
+
+void ExpertSet::compute(Run& run, int32_t worker) {
+  const kt_expert_job* const flags = run.flags;
+  const int32_t first = run.job.first_worker;
+  group_pairs(run.ids, run.weights, run.job.num_tokens, top_k_, run.num_experts, run.job.is_prompt,
+              buffers_.groupings[static_cast<size_t>(worker)]);
+  if (worker >= first) {
+    if (flags != nullptr && flags->request != nullptr) {
+      wait_for_rows(run);
+    }
+    if (flags != nullptr && flags->times_ns != nullptr && worker == first) {
+      flags->times_ns[0] = now_ns();
+    }
+    prepare(run, worker);
+  }
+  workers_.barrier();
+  run_up(workers_, run.job, buffers_, worker);
+  workers_.barrier();
+  run_down(workers_, run.job, buffers_, worker);
+  if (flags == nullptr || worker < first || run.left.fetch_sub(1) != 1) {
+    return;
+  }
+  // The last one: nobody has to be woken before the GPU can go on.
+  if (flags->times_ns != nullptr) {
+    flags->times_ns[1] = now_ns();
+  }
+  std::atomic_ref<uint32_t>(*flags->done).store(flags->number, std::memory_order_release);
+}
+
+// Rows are prepared in pieces, so that one row alone is also prepared by several workers.
+void ExpertSet::prepare(const Run& run, int32_t worker) {
+  const ExpertJob& job = run.job;
+  const ActKind act = job.weights.gate->act;
+  const int32_t cols = job.weights.gate->cols, spared = job.first_worker;
+  const int64_t blocks = (cols + 31) / 32;
+  const Range mine =
+      split(blocks * job.num_tokens, worker - spared, workers_.num_threads() - spared);
+  for (int64_t at = mine.first; at < mine.last;) {
+    const int64_t row = at / blocks, first = at % blocks;
+    const int64_t count = std::min(blocks - first, mine.last - at);
+    const auto column = static_cast<int32_t>(first * 32);
+    const auto columns = static_cast<int32_t>(std::min<int64_t>(count * 32, cols - column));
+    if (used_[row] != 0) {
+      const bool prompt = job.is_prompt != nullptr && job.is_prompt[row] != 0;
+      job.matrix->prepare(form_of(act, prompt), run.x + row * cols + column, cols, column, columns,
+                          acts_ + row * job.x_stride);
+    }
+    at += count;
+  }
+}
+
+void ExpertSet::wait_for_rows(const Run& run) const {
+  const std::atomic_ref<uint32_t> request(*run.flags->request);
+  for (int64_t spins = 0; request.load(std::memory_order_acquire) != run.flags->number; ++spins) {
+    if (spins < kSpinsBeforeYield) {
+      pause();
+      continue;
+    }
+    std::this_thread::yield();
+    if (gives_up_.load(std::memory_order_relaxed)) {
+      throw Error(KT_ERR_STATE, "the expert set was destroyed before the rows of a job came");
+    }
+    if (now_ns() > run.deadline_ns) {
+      throw Error(KT_ERR_INTERNAL, "the GPU did not bring the rows of layer " +
+                                       std::to_string(run.flags->layer) + " within " +
+                                       std::to_string(run.flags->timeout_ns / 1000000) + " ms");
+    }
+  }
 }
 
 }  // namespace kt

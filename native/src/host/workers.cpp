@@ -130,6 +130,11 @@ Workers::~Workers() {
   stop_ = true;
   epoch_.word.fetch_add(1);
   wake(epoch_);
+  if (stand_in_.joinable()) {
+    first_.word.fetch_add(1);
+    wake(first_);
+    stand_in_.join();
+  }
   for (std::thread& thread : threads_) {
     thread.join();
   }
@@ -215,10 +220,39 @@ void Workers::thread_main(int32_t worker) {
       return;
     }
     execute(worker);
-    // The last one changes the word worker 0 waits for; it must not touch the job afterwards.
-    if (arrived_.word.fetch_sub(1) == 1) {
-      wake(arrived_);
+    arrive();
+  }
+}
+
+// The last one changes the word the caller waits for; it must not touch the job afterwards.
+void Workers::arrive() {
+  Ticket* const ticket = ticket_;
+  if (arrived_.word.fetch_sub(1) != 1) {
+    return;
+  }
+  if (ticket == nullptr) {
+    wake(arrived_);
+    return;
+  }
+  ticket->error = finish();
+  ticket->ended.store(true);  // now it may be gone
+  ends_.word.fetch_add(1);
+  wake(ends_);
+}
+
+void Workers::stand_in_main() {
+  uint32_t seen = 0;
+  while (true) {
+    wait_change(first_, seen, 0);
+    ++seen;
+    if (stop_) {
+      return;
     }
+    if (pinned_) {
+      leave_others_cores();
+    }
+    execute(0);
+    arrive();
   }
 }
 
@@ -239,12 +273,14 @@ void Workers::execute(int32_t worker) noexcept {
 }
 
 void Workers::run(Job job, void* context) {
-  const std::lock_guard<std::mutex> lock(caller_);
+  free_.acquire();
   if (pinned_) {
     leave_others_cores();
   }
   job_ = job;
   context_ = context;
+  ticket_ = nullptr;
+  parties_ = num_threads_;
   if (num_threads_ > 1) {
     arrived_.word.store(static_cast<uint32_t>(num_threads_ - 1));
     epoch_.word.fetch_add(1);
@@ -258,18 +294,62 @@ void Workers::run(Job job, void* context) {
     }
     wait_change(arrived_, left, barrier_spin_ns_);
   }
-  if (aborted_.load()) {
-    barrier_count_.store(0);
-    aborted_.store(false);
-    error_taken_.store(false);
-    std::exception_ptr error;
-    std::swap(error, error_);
+  if (std::exception_ptr error = finish(); error != nullptr) {
     std::rethrow_exception(error);
   }
 }
 
+void Workers::start(Job job, void* context, bool without_first, Ticket& ticket) {
+  free_.acquire();
+  const bool with_first = !without_first || num_threads_ == 1;
+  if (with_first && !stand_in_.joinable()) {
+    try {
+      stand_in_ = std::thread([this] { stand_in_main(); });
+    } catch (...) {
+      free_.release();
+      throw;
+    }
+  }
+  job_ = job;
+  context_ = context;
+  ticket_ = &ticket;
+  ticket.ended.store(false);
+  parties_ = with_first ? num_threads_ : num_threads_ - 1;
+  arrived_.word.store(static_cast<uint32_t>(parties_));
+  epoch_.word.fetch_add(1);
+  wake(epoch_);
+  if (with_first) {
+    first_.word.fetch_add(1);
+    wake(first_);
+  }
+}
+
+void Workers::join(Ticket& ticket) {
+  for (uint32_t seen = ends_.word.load(); !ticket.ended.load(); seen = ends_.word.load()) {
+    wait_change(ends_, seen, 0);
+  }
+  if (ticket.error != nullptr) {
+    std::exception_ptr error;
+    std::swap(error, ticket.error);
+    std::rethrow_exception(error);
+  }
+}
+
+// Lets the next job in; returns what this one threw.
+std::exception_ptr Workers::finish() {
+  std::exception_ptr error;
+  if (aborted_.load()) {
+    barrier_count_.store(0);
+    aborted_.store(false);
+    error_taken_.store(false);
+    std::swap(error, error_);
+  }
+  free_.release();
+  return error;
+}
+
 void Workers::barrier() {
-  if (num_threads_ == 1) {
+  if (parties_ == 1) {
     return;
   }
   const uint32_t phase = phase_.word.load(std::memory_order_acquire);
@@ -278,7 +358,7 @@ void Workers::barrier() {
   if (aborted_.load()) {
     throw Aborted{};
   }
-  const auto count = static_cast<uint32_t>(num_threads_);
+  const auto count = static_cast<uint32_t>(parties_);
   if (barrier_count_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
     barrier_count_.store(0, std::memory_order_relaxed);
     phase_.word.fetch_add(1);

@@ -10,6 +10,9 @@
 //  - Lost wake-ups cannot happen: a sleeper announces itself (sleepers += 1) before the futex call
 //    re-checks the word, and a waker changes the word before it reads the announcement; both use
 //    sequentially consistent operations.
+//  - start() publishes a job and returns: worker 0 is then left out, or a thread of the pool stands
+//  in
+//    for it, made when it is first needed. Only one job is there at a time, whoever runs it.
 //  - A worker that throws aborts the job: everybody waiting at a barrier leaves through an
 //    exception as well, and run() rethrows the first one on the caller's thread.
 #pragma once
@@ -21,6 +24,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <semaphore>
 #include <string>
 #include <thread>
 #include <vector>
@@ -43,6 +47,10 @@ inline Range split(int64_t count, int64_t index, int64_t parts) {
 class Workers {
  public:
   using Job = void (*)(void* context, int32_t worker);
+  struct Ticket {  // of a job that was started
+    std::atomic<bool> ended{false};
+    std::exception_ptr error;
+  };
 
   explicit Workers(const kt_pool_config& config);
   ~Workers();
@@ -56,7 +64,13 @@ class Workers {
   void for_each(Body&& body) {
     run([](void* context, int32_t worker) { (*static_cast<Body*>(context))(worker); }, &body);
   }
-  // Inside a job only, by every worker equally often.
+  // Begins job(context, worker) on other threads and returns; `without_first` leaves worker 0 out,
+  // where there are others. The next job may begin when this one ends, joined or not. context and
+  // ticket must live until join(). [any]
+  void start(Job job, void* context, bool without_first, Ticket& ticket);
+  // Sleeps until the job has ended and rethrows its failure.
+  void join(Ticket& ticket);
+  // Inside a job only, by every worker that takes part equally often.
   void barrier();
 
   int32_t num_threads() const { return num_threads_; }
@@ -76,6 +90,9 @@ class Workers {
   };
 
   void thread_main(int32_t worker);
+  void stand_in_main();
+  void arrive();
+  std::exception_ptr finish();
   void execute(int32_t worker) noexcept;
   void wait_change(Gate& gate, uint32_t seen, int64_t spin_ns) const;
   static void wake(Gate& gate);
@@ -93,14 +110,19 @@ class Workers {
   std::vector<int32_t> nodes_;  // node of each worker
   std::vector<Range> node_workers_;
   std::vector<std::thread> threads_;
-  std::mutex caller_;
+  std::thread stand_in_;           // for worker 0 in jobs that were started
+  std::binary_semaphore free_{1};  // no job is there
 
   alignas(64) Job job_ = nullptr;  // written by worker 0 before epoch_ changes
   void* context_ = nullptr;
+  int32_t parties_ = 1;       // workers that take part
+  Ticket* ticket_ = nullptr;  // of a started job
   bool stop_ = false;
   Gate epoch_;    // bumped once per job
+  Gate first_;    // bumped once per job of the stand-in
   Gate arrived_;  // workers that have not finished the job yet; its word reaches 0
   Gate phase_;    // bumped when a barrier opens
+  Gate ends_;     // bumped when a started job ends
   alignas(64) std::atomic<uint32_t> barrier_count_{0};
   alignas(64) std::atomic<bool> aborted_{false};
   std::atomic<bool> error_taken_{false};
