@@ -229,10 +229,8 @@ def load_runner(model: Model, config: Config, scheduler: Scheduler) -> Runner:
     pool = Pool(num_threads=config.cpu_infer, isa=isa_number(config.isa), pin=config.pin)
     log.info("%s", pool.describe())
     begin = time.monotonic()
-    if config.device == "cpu":
-        runner: Runner = _cpu_runner(model, config, scheduler, pool)
-    else:
-        runner = _gpu_runner(model, config, scheduler, pool)
+    load = _cpu_runner if config.device == "cpu" else _gpu_runner
+    runner = load(model, config, scheduler, pool)
     seconds = max(time.monotonic() - begin, 1e-3)
     size = model.files.total_bytes
     log.info("loaded %s in %.1f s (%.2f GB/s)", gib(size), seconds, size / seconds * 1e-9)
@@ -242,10 +240,11 @@ def load_runner(model: Model, config: Config, scheduler: Scheduler) -> Runner:
 def _gpu_runner(model: Model, config: Config, scheduler: Scheduler, pool: Pool) -> Runner:
     import torch  # noqa: PLC0415
 
-    from kt_async.engine.cuda.build import CudaOptions, load_cuda_runner  # noqa: PLC0415
+    from kt_async.engine.cuda.build import CudaOptions, empty_caches, load_cuda_runner  # noqa: PLC0415
     from kt_async.engine.cuda.runner import CudaLimits  # noqa: PLC0415
 
     torch.cuda.set_device(_gpu_index(config))
+    empty_caches()
     limits = CudaLimits(
         config.page_size,
         config.num_pages,
@@ -262,7 +261,7 @@ def _gpu_runner(model: Model, config: Config, scheduler: Scheduler, pool: Pool) 
     return load_cuda_runner(model.files, model.spec, pool, scheduler.layout, limits, options)
 
 
-def _cpu_runner(model: Model, config: Config, scheduler: Scheduler, pool: Pool) -> CpuRunner:
+def _cpu_runner(model: Model, config: Config, scheduler: Scheduler, pool: Pool) -> Runner:
     layout = scheduler.layout
     limits = CpuLimits(
         max_tokens=layout.max_tokens,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,7 +72,7 @@ class EngineLoop:
         self._stopping = True
         self._scheduler.wake()
         self._thread.join()
-        # A traceback of the failure, in a log or a debugger, may keep this object.
+        # A traceback of the failure may keep this object: the thread's own frame is never emptied.
         del self._scheduler, self._runner, self._lane, self._block, self._samples
 
     def _main(self) -> None:
@@ -84,6 +85,7 @@ class EngineLoop:
                     self.busy_since_ns = 0
         except Exception as error:  # the engine's one boundary: nobody above could report it
             log.exception("the engine stopped")
+            forget_frames(error)
             no_events = np.empty(0, np.dtype(structs.Event))
             self._deliver(Delivery(no_events, failure=str(error), is_fatal=True))
 
@@ -137,6 +139,16 @@ class EngineLoop:
             log.error("step %d failed: %s", scheduler.plan_struct.step_id, error)
             return str(error)
         return None
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Empty the frames of a failure and of its causes.
+
+    Whoever keeps the traceback (a log, a debugger) would keep the model's memory with it.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _logprobs(samples: npt.NDArray[np.void], result: StepResult) -> StepResult | None:

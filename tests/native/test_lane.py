@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
@@ -13,6 +15,7 @@ import pytest
 from kt_async.engine.loop import Delivery, EngineLoop
 from kt_async.engine.runner import Lane, StepResult, aligned_block, sample_arrays
 from kt_async.engine.types import GenerationRequest, SamplingParams
+from kt_async.errors import NativeError
 from kt_async.ffi import structs
 from kt_async.ffi.scheduler import Scheduler
 
@@ -197,3 +200,25 @@ def test_a_lane_that_breaks_is_fatal(engine: Engine) -> None:
     engine.until(lambda: len(engine.tokens[1]) > 3)
     engine.submit(2, 64, 5)
     engine.until(lambda: engine.failures == ["x"])
+
+
+def test_a_log_that_keeps_a_failure_keeps_no_lane(caplog: pytest.LogCaptureFixture) -> None:
+    """Everything that the engine has in a GPU's memory hangs on its lane."""
+    engine = Engine()
+    old = weakref.ref(engine.runner.lane)
+
+    def broken(*args: object) -> None:
+        try:
+            raise RuntimeError("the cause")
+        except RuntimeError as error:
+            raise NativeError(structs.KT_ERR_INTERNAL, "x") from error
+
+    engine.runner.run = broken  # type: ignore[method-assign]
+    engine.submit(1, 5, 3)
+    engine.until(lambda: bool(engine.failures))
+    engine.loop.stop()
+    engine.scheduler.close()
+    del engine.runner
+    gc.collect()
+    assert old() is None
+    assert [record.exc_info for record in caplog.records]

@@ -117,6 +117,16 @@ def matrix_arg(part: PackedPart, address: int) -> MatrixArg:
     )
 
 
+def empty_caches() -> None:
+    """Give back the GPU memory that an engine before this one, ended by now, has left.
+
+    torch keeps freed blocks, and for every stream on which cuBLAS ran a workspace of 32 MiB: the
+    streams of the next engine are others.
+    """
+    torch._C._cuda_clearCublasWorkspaces()  # there is no public way
+    torch.cuda.empty_cache()
+
+
 def load_cuda_runner(
     files: ModelFiles,
     spec: ModelSpec,
