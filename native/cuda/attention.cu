@@ -472,17 +472,7 @@ __device__ __forceinline__ void decode_attention(const float* q, const float* k,
       if (lane == 0) {
         partials.scales[at] = make_float2(largest, sum);
       }
-      __threadfence();
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        shared.is_last = atomicAdd(partials.arrived + set, 1u) == item.splits - 1;
-        if (shared.is_last) {
-          partials.arrived[set] = 0;
-        }
-      }
-      __syncthreads();
-      __threadfence();
-      writes &= shared.is_last != 0;
+      writes &= last_block(partials.arrived + set, item.splits, &shared.is_last);
       if (writes) {
         merge_splits<D>(partials, set * kMaxSplits, warp, item.splits, sum, out);
       }

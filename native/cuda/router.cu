@@ -10,6 +10,41 @@ constexpr int kMaxExperts = 1024;
 constexpr int kMaxPairs = 1024;
 constexpr int kAhead = 16;  // float4 of a router row that a lane loads before it must wait
 
+struct Routing {
+  int experts, top_k, sigmoid, renormalise, groups, groups_used, sum_of_two;
+  float scale;
+  const float* selection_bias;  // [E] or null
+};
+
+// Experts of groups that are not among the best become unlikely; one warp.
+__device__ __forceinline__ void choose_groups(const Routing& p, float* choice, float* group) {
+  const int lane = threadIdx.x & 31, size = p.experts / p.groups;
+  for (int g = lane; g < p.groups; g += kWarp) {
+    float best = -3.4e38f, second = -3.4e38f;
+    for (int e = g * size; e < (g + 1) * size; ++e) {
+      if (choice[e] > best) {
+        second = best;
+        best = choice[e];
+      } else if (choice[e] > second) {
+        second = choice[e];
+      }
+    }
+    group[g] = p.sum_of_two ? best + second : best;
+  }
+  __syncwarp();
+  for (int g = lane; g < p.groups; g += kWarp) {
+    int better = 0;
+    for (int o = 0; o < p.groups; ++o) {
+      better += group[o] > group[g] || (group[o] == group[g] && o < g);
+    }
+    if (better >= p.groups_used) {
+      for (int e = g * size; e < (g + 1) * size; ++e) {
+        choice[e] = -3.2e38f;
+      }
+    }
+  }
+}
+
 // The input of the router. norm: its weights, null if x is normed already.
 struct RouterInput {
   const float* x;  // [T, cols]
@@ -236,16 +271,16 @@ extern "C" __global__ void __launch_bounds__(kRouterThreads)
   }
   __syncthreads();
   const bool signals = out.signal.x != nullptr;
-  if (in.norm != nullptr || signals) {
+  if (signals && warp == 0) {
+    float4* host = reinterpret_cast<float4*>(out.signal.x + token * in.cols);
+    for (int i = blockIdx.x * kWarp + lane; i < quads; i += gridDim.x * kWarp) {
+      host[i] = normed[i];
+    }
+  }
+  if (in.norm != nullptr) {
     const float* values = reinterpret_cast<const float*>(normed);
     for (int b = e; b < in.cols / kWarp; b += gridDim.x * kRouterWarps) {
-      const float v = values[b * kWarp + lane];
-      if (in.norm != nullptr) {
-        store_prepared(in.to, token, in.cols, b * kWarp + lane, v);
-      }
-      if (signals) {
-        out.signal.x[token * in.cols + b * kWarp + lane] = v;
-      }
+      store_prepared(in.to, token, in.cols, b * kWarp + lane, values[b * kWarp + lane]);
     }
   }
   float sum = 0.0f;
@@ -266,9 +301,6 @@ extern "C" __global__ void __launch_bounds__(kRouterThreads)
   if (lane == 0 && e < p.experts) {
     out.logits[token * p.experts + e] = sum;
   }
-  if (signals) {
-    __threadfence_system();
-  }
   if (!last_block(out.arrived + token, gridDim.x, &is_last)) {
     return;
   }
@@ -276,15 +308,11 @@ extern "C" __global__ void __launch_bounds__(kRouterThreads)
   if (out.groups.active == nullptr && !signals) {
     return;
   }
-  if (signals) {
-    __threadfence_system();
-  }
   if (!last_block(out.arrived + gridDim.y, gridDim.y, &is_last)) {
     return;
   }
-  if (signals && t == 0) {
-    __threadfence_system();
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(out.signal.flag), "r"(1u) : "memory");
+  if (signals) {
+    raise_flag(out.signal.flag);
   }
   if (out.groups.active == nullptr) {
     return;
@@ -348,6 +376,19 @@ extern "C" __global__ void __launch_bounds__(kRouterThreads)
       }
     }
   }
+}
+
+// The experts of prompt tokens from logits [T, E]; one block per token.
+extern "C" __global__ void __launch_bounds__(kRouterThreads)
+    route(const float* logits, Routing p, int* ids, float* weights) {
+  __shared__ Choosing shared;
+  release_next();
+  wait_for_previous();
+  RouterOutput out = {};
+  out.ids = ids;
+  out.weights = weights;
+  const i64 token = blockIdx.x;
+  choose_experts(logits + token * p.experts, p, token, out, shared);
 }
 
 // sum = residual + the experts' outputs as in experts_sum, then y = sum / rms(sum) * norm; one

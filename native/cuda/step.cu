@@ -1,4 +1,4 @@
-// step.cu: the small kernels of a step: norms, quantisation, rotary, routing, hand-off, sampling.
+// step.cu: the small kernels of a step: norms, quantisation, rotary, hand-off, embedding.
 // Follows linear.cu in one NVRTC compilation.
 
 constexpr int kWarp = 32;
@@ -38,18 +38,23 @@ __device__ __forceinline__ float block_sum(float v) {
   return result;
 }
 
-// Whether this block is the last of `blocks` to come here; resets the counter.
+// Whether this block is the last of `blocks` to come here, which then sees what the others wrote;
+// resets the counter. Fences are cumulative: one thread's, after a barrier, order what its block
+// has written or seen, and are cheaper than one of every thread.
 __device__ __forceinline__ bool last_block(u32* arrived, int blocks, int* is_last) {
-  __threadfence();
   __syncthreads();
+  if (blocks == 1) {
+    return true;
+  }
   if (threadIdx.x == 0) {
+    __threadfence();
     *is_last = atomicAdd(arrived, 1u) == blocks - 1;
     if (*is_last) {
+      __threadfence();
       *arrived = 0;
     }
   }
   __syncthreads();
-  __threadfence();
   return *is_last != 0;
 }
 
@@ -203,107 +208,15 @@ extern "C" __global__ void attention_inputs(const float* q, const float* k, cons
   }
 }
 
-struct Routing {
-  int experts, top_k, sigmoid, renormalise, groups, groups_used, sum_of_two;
-  float scale;
-  const float* selection_bias;  // [E] or null
-};
-
-// Experts of groups that are not among the best become unlikely; one warp.
-__device__ __forceinline__ void choose_groups(const Routing& p, float* choice, float* group) {
-  const int lane = threadIdx.x & 31, size = p.experts / p.groups;
-  for (int g = lane; g < p.groups; g += kWarp) {
-    float best = -3.4e38f, second = -3.4e38f;
-    for (int e = g * size; e < (g + 1) * size; ++e) {
-      if (choice[e] > best) {
-        second = best;
-        best = choice[e];
-      } else if (choice[e] > second) {
-        second = choice[e];
-      }
-    }
-    group[g] = p.sum_of_two ? best + second : best;
-  }
-  __syncwarp();
-  for (int g = lane; g < p.groups; g += kWarp) {
-    int better = 0;
-    for (int o = 0; o < p.groups; ++o) {
-      better += group[o] > group[g] || (group[o] == group[g] && o < g);
-    }
-    if (better >= p.groups_used) {
-      for (int e = g * size; e < (g + 1) * size; ++e) {
-        choice[e] = -3.2e38f;
-      }
-    }
-  }
-}
-
-// Picks top_k experts per token, ties to the lower id; one warp per token, E <= 1024.
-extern "C" __global__ void route(const float* logits, Routing p, int* ids, float* weights) {
-  release_next();
-  wait_for_previous();
-  extern __shared__ float shared[];
-  float* score = shared;               // for weighing
-  float* choice = shared + p.experts;  // for choosing
-  const int lane = threadIdx.x;
-  const float* from = logits + (i64)blockIdx.x * p.experts;
-  float largest = -3.4e38f, total = 0.0f;
-  for (int e = lane; e < p.experts; e += kWarp) {
-    largest = fmaxf(largest, from[e]);
-  }
-  largest = warp_max(largest);
-  for (int e = lane; e < p.experts; e += kWarp) {
-    score[e] = p.sigmoid ? 1.0f / (1.0f + expf(-from[e])) : expf(from[e] - largest);
-    total += score[e];
-  }
-  total = warp_sum(total);
-  for (int e = lane; e < p.experts; e += kWarp) {
-    if (!p.sigmoid) {
-      score[e] /= total;
-    }
-    choice[e] = score[e] + (p.selection_bias != nullptr ? p.selection_bias[e] : 0.0f);
-  }
-  __syncwarp();
-  if (p.groups > 1) {
-    choose_groups(p, choice, choice + p.experts);
-    __syncwarp();
-  }
-  float sum = 0.0f, mine = 0.0f;
-  for (int k = 0; k < p.top_k; ++k) {
-    float best = -3.3e38f;
-    int at = p.experts;
-    for (int e = lane; e < p.experts; e += kWarp) {
-      if (choice[e] > best) {
-        best = choice[e];
-        at = e;
-      }
-    }
-#pragma unroll
-    for (int s = 16; s > 0; s >>= 1) {
-      const float other = __shfl_xor_sync(~0u, best, s);
-      const int where = __shfl_xor_sync(~0u, at, s);
-      if (other > best || (other == best && where < at)) {
-        best = other;
-        at = where;
-      }
-    }
-    const float weight = score[at];
-    sum += weight;
-    if (lane == k) {
-      mine = weight;
-    }
-    if (lane == 0) {
-      ids[blockIdx.x * p.top_k + k] = at;
-      choice[at] = -3.4e38f;
-    }
-    __syncwarp();
-  }
-  if (lane < p.top_k) {
-    weights[blockIdx.x * p.top_k + lane] = (p.renormalise ? mine / sum : mine) * p.scale;
-  }
-}
-
 // ---- hand-off of routed experts to the CPU (see native/src/device/handoff.h) ----
+
+// Tells the CPU that all is there. After a barrier of the block, and last_block where several
+// wrote: the release orders everything that this thread knows of.
+__device__ __forceinline__ void raise_flag(u32* flag) {
+  if (threadIdx.x == 0) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(1u) : "memory");
+  }
+}
 
 // Copies x, ids and weights of a layer to pinned memory and raises the layer's request flag.
 extern "C" __global__ void handoff_signal(const float* x, const int* ids, const float* weights,
@@ -319,11 +232,9 @@ extern "C" __global__ void handoff_signal(const float* x, const int* ids, const 
     host_ids[i] = ids[i];
     host_weights[i] = weights[i];
   }
-  __threadfence_system();
-  __syncthreads();
-  if (threadIdx.x == 0 && (gridDim.x == 1 || atomicAdd(arrived, 1u) == gridDim.x - 1)) {
-    *arrived = 0;
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(1u) : "memory");
+  __shared__ int is_last;
+  if (last_block(arrived, gridDim.x, &is_last)) {
+    raise_flag(flag);
   }
 }
 
@@ -390,23 +301,33 @@ extern "C" __global__ void __launch_bounds__(1024)
     handoff_wait_norm(const float* host_out, const float* residual, int cols, u32* done, u32* left,
                       u32* error, i64 limit, float* out, const float* norm, float eps,
                       Prepared to) {
-  extern __shared__ float total[];
+  extern __shared__ __align__(16) float total[];
   wait_for_previous();
   const i64 row = blockIdx.x;
-  for (int c = threadIdx.x; c < cols; c += blockDim.x) {
-    total[c] = residual[row * cols + c];
+  const float4* from = reinterpret_cast<const float4*>(host_out + row * cols);
+  const float4* add = reinterpret_cast<const float4*>(residual + row * cols);
+  float4* sums = reinterpret_cast<float4*>(total);
+  for (int i = threadIdx.x; i < cols / 4; i += blockDim.x) {
+    sums[i] = add[i];
   }
   const u32 state = await_done(done, error, limit);
-  float squares = 0.0f;
 #pragma unroll 4
-  for (int c = threadIdx.x; c < cols; c += blockDim.x) {
-    float v = total[c];
+  for (int i = threadIdx.x; i < cols / 4; i += blockDim.x) {
+    float4 v = sums[i];
     if (state == 1) {
-      v += __ldcv(host_out + row * cols + c);
+      const float4 c = __ldcv(from + i);  // few wide reads: each crosses the bus by itself
+      v.x += c.x;
+      v.y += c.y;
+      v.z += c.z;
+      v.w += c.w;
     }
-    out[row * cols + c] = v;
-    total[c] = v;
-    squares += v * v;
+    reinterpret_cast<float4*>(out + row * cols)[i] = v;
+    sums[i] = v;
+  }
+  __syncthreads();
+  float squares = 0.0f;  // added up in the order of rms_norm
+  for (int c = threadIdx.x; c < cols; c += blockDim.x) {
+    squares += total[c] * total[c];
   }
   const float factor = rsqrtf(block_sum(squares) / cols + eps);
   for (int c = threadIdx.x; c < cols; c += blockDim.x) {

@@ -101,8 +101,7 @@ class Router:
                 _PTR(ids.data_ptr()),
                 _PTR(weights.data_ptr()),
             ]
-            shared = 4 * (2 * experts + max(routing.groups, 1))
-            ops.launch("route", (rows, 1), arguments, _WARP, shared)
+            ops.launch("route", (rows, 1), arguments, _THREADS)
         return ids, weights
 
     def _few(
