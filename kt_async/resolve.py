@@ -15,6 +15,7 @@ from typing import Any
 from kt_async.config import ARCHITECTURES, Config
 from kt_async.errors import ConfigError
 
+_GPU_ONLY = ("gpu_memory_utilization", "gpu_expert_mem")
 GPU_CHUNK = 2048  # tokens of a step with a GPU, unless --chunk_size says otherwise
 
 
@@ -124,6 +125,9 @@ class _Resolver:
                 )
             self.put("device", f"cuda:{index}", "given")
         on_gpu = self.new.get("device", wanted) != "cpu"
+        if not on_gpu:
+            given = [name for name in _GPU_ONLY if name in self.raw.sources]
+            self.warnings += [f"--{name} has no effect without a GPU." for name in given]
         if on_gpu and "chunk_size" not in self.raw.sources:
             # Each chunk copies experts to the GPU anew: long ones share that cost.
             self.put("chunk_size", GPU_CHUNK, "GPU")

@@ -175,6 +175,7 @@ async def serve(raw: Config) -> None:
     config = ready.config
     for warning in config.warnings:
         log.warning("%s", warning)
+    log.info("running on %s (%s)", config.device, config.reasons.get("device", "given"))
     service = EngineService(*load_engine(ready), engine_info(ready.model, config))
     app = make_app(service, ready.tokenizer, ready.template, api_settings(config))
     http = make_runner(app)

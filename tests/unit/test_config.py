@@ -177,3 +177,9 @@ def test_the_place_of_experts_is_decided_once() -> None:
     assert config.vram_layers == (0, 1)
     assert config.gpu_expert_mem == "2.500"
     assert config.reasons["gpu_expert_mem"] == "2 of 4 layers"
+
+
+def test_flags_of_a_gpu_are_not_ignored_in_silence() -> None:
+    told = resolved(gpu_expert_mem="all", gpu_memory_utilization=0.5).warnings
+    assert [line.split()[0] for line in told] == ["--gpu_memory_utilization", "--gpu_expert_mem"]
+    assert not resolved(gpu_expert_mem="0", host=dataclasses.replace(HOST, num_gpus=1)).warnings
