@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from typing import Any, cast
 
 import numpy as np
@@ -95,6 +96,19 @@ def test_the_cpu_computes_what_is_not_streamed() -> None:
     assert (job.layer, job.num_tokens, job.num_spared) == (0, TOKENS, 1)
     assert job.x == made.cpu.host.x.data_ptr()
     assert job.request < job.done
+
+
+def test_what_the_cpu_reads_is_kept_until_it_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeSet()
+    part = experts(fake).cpu
+    ids = np.array([[0, 1], [2, 3]], np.int32)
+    lent, alive = weakref.ref(ids), []
+    monkeypatch.setattr(fake, "join", lambda: alive.append(lent() is not None))
+    part.start(0, ids, None, num_spared=0)
+    del ids
+    part.join()
+    assert alive == [True]
+    assert lent() is None
 
 
 def test_nothing_runs_when_everything_is_streamed() -> None:

@@ -109,8 +109,10 @@ class CpuPart:
     def join(self) -> None:
         """Sleep until the CPU has finished, if it was started. Raises NativeError."""
         if self.is_running:
-            self._borrowed = ()
-            self.cpu.join()
+            try:
+                self.cpu.join()
+            finally:
+                self._borrowed = ()  # not before: the job reads them
             if self.trace is not None:
                 self.trace.append((self._times[0] * 1e-9, self._times[1] * 1e-9))
 
