@@ -20,15 +20,20 @@ struct BandJob {
     const int32_t left = (w->cols - tile * kTileCols) / 32;
     return left < 8 ? left : 8;
   }
-  // What to ask for while a tile of `step` bytes is used: one kAhead bytes later in this band, or
-  // as far into the next one; nullptr: nothing. A band's header is taken for a part of its tiles.
-  const uint8_t* ahead(int32_t tile, int64_t step) const {
-    const auto distance = static_cast<int32_t>((kAhead + step / 2) / step);
-    const int32_t later = tile + (distance < num_tiles() ? distance : num_tiles());
+  // The tile, of `step` bytes, that begins `distance` bytes behind this one, in this band or the
+  // next; this one where nothing is known to follow.
+  const uint8_t* tile_behind(const uint8_t* tiles, int32_t tile, int64_t step,
+                             int64_t distance) const {
+    const auto count = static_cast<int32_t>((distance + step / 2) / step);
+    const int32_t later = tile + (count < num_tiles() ? count : num_tiles());
     if (later < num_tiles()) {
-      return band + later * step;
+      return tiles + later * step;
     }
-    return next == nullptr ? nullptr : next + (later - num_tiles()) * step;
+    return next == nullptr ? tiles + tile * step
+                           : next + (tiles - band) + (later - num_tiles()) * step;
+  }
+  Ahead ahead(const uint8_t* tiles, int32_t tile, int64_t step) const {
+    return {tile_behind(tiles, tile, step, kFar), tile_behind(tiles, tile, step, kNear)};
   }
 };
 

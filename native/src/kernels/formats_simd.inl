@@ -9,22 +9,65 @@
 // With kMax = 255 (8-bit weights) the lines are unsigned with offset 128 when V::kDotU8 (u8 x s8
 // dot products do not saturate), plain signed otherwise.
 
-// How far ahead of its use a weight line is asked for, and into the L2 cache: a prefetch into L1
-// holds one of the few L1 miss buffers until DRAM answers, which caps a core at half its rate.
-// Measured, GB/s for 1, 2, 4 rows. One Zen 4 core (a plain read gets 31): 8 KiB gives Q4_K 23, 29,
-// 20, Q6_K 26, 29, 24, Q8_0 24, 23, 26, BF16 24, 25, 28; 0 .. 4 KiB half of that from 2 rows on.
-// 16 cores of a Xeon at once (12 each): 8 KiB 9.6, 9.4, 8.4 for Q4_K, 4 KiB 9.8, 9.2, 8.8, 1
-// KiB 7.4 for one row, 2 KiB 8.1 for two.
+// Weight lines are asked for twice, and into the L2 cache: a prefetch into L1 holds one of the few
+// L1 miss buffers until DRAM answers, which caps a core at half its rate. Some of the far requests
+// are lost (nothing tells); the near ones make up for that and cost nothing where all went well.
+// A layer of Qwen3-30B's shape, Q4_K and Q6_K, 1 / 4 / 16 tokens, us, beside the same pattern read
+// without arithmetic: 16 cores of a Xeon, 8 KiB alone 156 / 497 / 1254, 12 KiB and 4 KiB 123 / 408
+// / 1136, pattern 126 / 416 / 1166; two Zen 4 cores 585 / 1922 / -, 464 / 1766 / -, 561 / 1918 / -.
+// 1 .. 2 KiB for the near ones, 16 .. 24 KiB for the far ones: up to a tenth slower on both.
+constexpr int kFar = 12288;
+constexpr int kNear = 4096;
+// The one distance of the kernels that work on tiles of bf16, and the bytes they ask for at a time.
 constexpr int kAhead = 8192;
-
 constexpr int block_step(int32_t type) { return static_cast<int>(tile_bytes(type) / 8); }
+
+inline void prefetch_line(const uint8_t* p) {
+  // gcc 12 drops the intrinsic from the loops of Q4_K and Q5_K.
+  asm volatile("prefetcht1 %0" : : "m"(*p));
+}
 
 template <int kLines>
 inline void prefetch(const uint8_t* p) {
 #pragma GCC unroll 16
   for (int i = 0; i < kLines; ++i) {
-    // gcc 12 drops the intrinsic from the loops of Q4_K and Q5_K.
-    asm volatile("prefetcht1 %0" : : "m"(p[64 * i]));
+    prefetch_line(p + 64 * i);
+  }
+}
+
+// What to ask for while a tile is used: its whole size from each place on.
+struct Ahead {
+  const uint8_t* far;
+  const uint8_t* near;
+};
+
+// A tile's lines are asked for block by block, those behind the weights (scales, top bits) first:
+// every block needs some of them from its start.
+template <int kTileBytes>
+inline void prefetch_part(const uint8_t* tile, int b) {
+  constexpr int kLines = kTileBytes / 64, kEach = kLines / 32 * 4, kRest = kLines % 32;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    if (b < (kRest + 3 - i) / 4) {  // 4 b + i < kRest
+      prefetch_line(tile + 64 * (8 * kEach + 4 * b + i));
+    }
+  }
+  prefetch<kEach>(tile + 64 * kEach * b);
+}
+
+// far: nullptr = ask for nothing. Where arithmetic takes longer than memory (not kTwice), asking
+// once for the next eighth of the bytes is enough, and leaves more registers.
+template <class Format, bool kTwice>
+inline void prefetch_ahead(const Ahead& ahead, int b) {
+  if (Format::kTileBytes == 0 || ahead.far == nullptr) {
+    return;
+  }
+  if constexpr (kTwice) {
+    prefetch_part<Format::kTileBytes>(ahead.far, b);
+    prefetch_part<Format::kTileBytes>(ahead.near, b);
+  } else {
+    constexpr int kEighth = Format::kTileBytes / 8;
+    prefetch<(kEighth + 63) / 64>(ahead.far + b * kEighth);
   }
 }
 
@@ -83,7 +126,7 @@ constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
 constexpr int8_t kMxfp4Values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 struct Q8_0 : Signed8 {
-  static constexpr int kStep = block_step(kQ8_0);
+  static constexpr int kTileBytes = tile_bytes(kQ8_0);
   const uint8_t* tile;
   const uint8_t* d;
   Q8_0(const uint8_t* at, const uint8_t*, int nb, int half)
@@ -116,7 +159,7 @@ struct Nibbles : T {
 
 template <class T, int32_t kType>
 struct Q4 : Nibbles<T, 256> {
-  static constexpr int kStep = block_step(kType);
+  static constexpr int kTileBytes = tile_bytes(kType);
   using Nibbles<T, 256>::Nibbles;
   template <int kJ>
   void pair(int b, V::I* lo, V::I* hi) const {
@@ -128,7 +171,7 @@ using Q4_1 = Q4<Unsigned4, kQ4_1>;
 
 template <class T, int32_t kType>
 struct Q5 : Nibbles<T, 320> {
-  static constexpr int kStep = block_step(kType);
+  static constexpr int kTileBytes = tile_bytes(kType);
   const uint8_t* top;
   Q5(const uint8_t* at, const uint8_t* halves, int nb, int half)
       : Nibbles<T, 320>(at, halves, nb, half), top(at + nb * 256 + half * 32) {}
@@ -142,7 +185,7 @@ using Q5_0 = Q5<Offset5, kQ5_0>;
 using Q5_1 = Q5<Unsigned5, kQ5_1>;
 
 struct IQ4_NL : Nibbles<Signed8, 256> {
-  static constexpr int kStep = block_step(kIQ4_NL);
+  static constexpr int kTileBytes = tile_bytes(kIQ4_NL);
   V::I values;
   IQ4_NL(const uint8_t* at, const uint8_t* halves, int nb, int half)
       : Nibbles(at, halves, nb, half), values(table(kIq4Values, V::kDotU8 ? 128 : 0)) {}
@@ -155,7 +198,7 @@ struct IQ4_NL : Nibbles<Signed8, 256> {
 };
 
 struct IQ4_XS : Signed8 {
-  static constexpr int kStep = block_step(kIQ4_XS);
+  static constexpr int kTileBytes = tile_bytes(kIQ4_XS);
   const uint8_t* tile;
   const uint8_t* low;
   const uint8_t* high;
@@ -184,7 +227,7 @@ struct IQ4_XS : Signed8 {
 
 struct MXFP4 : Offset5 {                  // values -12..12 stored as 4..28
   static constexpr bool kPasses = false;  // with the table and 8 rows the registers do not suffice
-  static constexpr int kStep = block_step(kMXFP4);
+  static constexpr int kTileBytes = tile_bytes(kMXFP4);
   const uint8_t* tile;
   const uint8_t* e;
   V::I values;
@@ -225,7 +268,7 @@ struct KScales {
 };
 
 struct Q4_K : Unsigned4 {
-  static constexpr int kStep = block_step(kQ4_K);
+  static constexpr int kTileBytes = tile_bytes(kQ4_K);
   const uint8_t* tile;
   KScales scales;
   Q4_K(const uint8_t* at, const uint8_t*, int, int half)
@@ -239,7 +282,7 @@ struct Q4_K : Unsigned4 {
 };
 
 struct Q5_K : Unsigned5 {
-  static constexpr int kStep = block_step(kQ5_K);
+  static constexpr int kTileBytes = tile_bytes(kQ5_K);
   const uint8_t* tile;
   KScales scales;
   Q5_K(const uint8_t* at, const uint8_t*, int, int half)
@@ -269,7 +312,7 @@ inline void split_pairs(const uint8_t* line, V::I* lo, V::I* hi) {
 }
 
 struct Q2_K : Unsigned2 {
-  static constexpr int kStep = block_step(kQ2_K);
+  static constexpr int kTileBytes = tile_bytes(kQ2_K);
   const uint8_t* tile;
   const uint8_t* bytes;
   V::F d, dmin;
@@ -291,7 +334,7 @@ struct Q2_K : Unsigned2 {
 };
 
 struct Q3_K : Offset3 {
-  static constexpr int kStep = block_step(kQ3_K);
+  static constexpr int kTileBytes = tile_bytes(kQ3_K);
   alignas(64) uint8_t value[16][16];  // scales as int8
   const uint8_t* tile;
   V::F d;
@@ -325,7 +368,7 @@ struct Q3_K : Offset3 {
 };
 
 struct Q6_K : Offset6 {
-  static constexpr int kStep = block_step(kQ6_K);
+  static constexpr int kTileBytes = tile_bytes(kQ6_K);
   const uint8_t* tile;
   const uint8_t* bytes;
   V::F d;
@@ -380,7 +423,7 @@ void decode_gguf_tile(int32_t type, int32_t block_bytes, const uint8_t* at, cons
 
 template <class T>
 struct FromMemory : T {
-  static constexpr int kStep = 0;  // already in L1
+  static constexpr int kTileBytes = 0;  // already in L1
   const uint8_t* lines;
   const float* scales;
   const float* mins;
@@ -423,9 +466,7 @@ void decode_to_memory(const uint8_t* at, const uint8_t* halves, int nb, DecodedT
     const Format format(at, halves, nb, half);
     constexpr int kPerBlock = Format::kGroup16 ? 2 : 1;
     for (int b = 0; b < nb; ++b) {
-      if (half == 0 && ahead != nullptr) {
-        prefetch<(Format::kStep + 63) / 64>(ahead + b * Format::kStep);
-      }
+      prefetch_ahead<Format, false>({half == 0 ? ahead : nullptr, nullptr}, b);
       decode_pairs<Format>(format, b, &tile->lines[8 * b][0] + half * 32);
       for (int i = b * kPerBlock; i < (b + 1) * kPerBlock; ++i) {
         V::store_f(&tile->scale[i][half * 8], format.scale(i));

@@ -117,16 +117,13 @@ struct Dots {
   }
 };
 
-// Adds nb blocks (first: their index in the row) to the totals of M rows. ahead: what to prefetch
-// meanwhile, as many bytes as the tile has; or nullptr.
+// Adds nb blocks (first: their index in the row) to the totals of M rows.
 template <int M, class Format>
 inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int64_t first,
                                                     const uint8_t* const* x, const ActLayout& at,
-                                                    const uint8_t* ahead, V::F* total) {
+                                                    Ahead ahead, V::F* total) {
   for (int b = 0; b < nb; ++b) {
-    if (Format::kStep != 0 && ahead != nullptr) {
-      prefetch<(Format::kStep + 63) / 64>(ahead + b * Format::kStep);
-    }
+    prefetch_ahead<Format, M <= 4>(ahead, b);
     const int64_t q = 32 * (first + b);
     const int64_t meta = 4 * (first + b);
     Dots<Format, M> dots;
@@ -204,7 +201,7 @@ inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int
 template <class Format, int M>
 __attribute__((noinline)) void few_rows(const BandJob& job, int32_t first) {
   const ActLayout at = act_layout(job.w->cols);
-  const int64_t step = tile_bytes(job.w->type);
+  constexpr int64_t step = Format::kTileBytes;
   const uint8_t* tiles = job.band + band_header(job.w->type, job.w->cols);
   const uint8_t* x[M];
   gather_rows<M>(job, first, M, x);
@@ -220,8 +217,9 @@ __attribute__((noinline)) void few_rows(const BandJob& job, int32_t first) {
       const int nb = job.tile_blocks(tile);
       const Format format(tiles + tile * step, job.band + tile * 32, nb, half);
       // The band is in the caches when its second half or further rows are multiplied.
-      const uint8_t* ahead = half == 0 && first == 0 ? job.ahead(tile, step) : nullptr;
-      add_tile<M>(format, nb, 8 * tile, x, at, ahead, total[half]);
+      const bool fresh = half == 0 && first == 0;
+      add_tile<M>(format, nb, 8 * tile, x, at,
+                  fresh ? job.ahead(tiles, tile, step) : Ahead{nullptr, nullptr}, total[half]);
     }
   }
   for (int half = 0; half < 16 / V::kRows; ++half) {
@@ -274,7 +272,7 @@ __attribute__((noinline)) void add_decoded(const BandJob& job, const DecodedTile
     for (int i = 0; i < M; ++i) {
       total[i] = tile == 0 ? V::zero() : V::load_f(out + i * job.out_stride);
     }
-    add_tile<M>(format, job.tile_blocks(tile), 8 * tile, x, at, nullptr, total);
+    add_tile<M>(format, job.tile_blocks(tile), 8 * tile, x, at, {nullptr, nullptr}, total);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       V::store_f(out + i * job.out_stride, total[i]);
@@ -298,11 +296,11 @@ void multiply_format(const BandJob& job) {
   }
   if constexpr (!Format::kPasses) {
     auto* decoded = static_cast<DecodedTile*>(job.scratch);
-    const int64_t step = tile_bytes(job.w->type);
+    constexpr int64_t step = Format::kTileBytes;
     const uint8_t* tiles = job.band + band_header(job.w->type, job.w->cols);
     for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
       decode_to_memory<Format>(tiles + tile * step, job.band + tile * 32, job.tile_blocks(tile),
-                               decoded, job.ahead(tile, step));
+                               decoded, job.ahead(tiles, tile, step).far);
       add_decoded_rows<T>(job, *decoded, tile);
     }
   }
@@ -315,8 +313,8 @@ void multiply_gguf(const BandJob& job) {
   auto* decoded = static_cast<DecodedTile*>(job.scratch);
   auto* blocks = reinterpret_cast<DecodedBlock*>(decoded + 1);
   for (int32_t tile = 0; tile < job.num_tiles(); ++tile) {
-    decode_gguf_tile(job.w->type, block_bytes, job.band + tile * step, job.ahead(tile, step),
-                     blocks, decoded);
+    decode_gguf_tile(job.w->type, block_bytes, job.band + tile * step,
+                     job.ahead(job.band, tile, step).far, blocks, decoded);
     add_decoded_rows<Block8>(job, *decoded, tile);
   }
 }
@@ -356,19 +354,19 @@ struct PairsBF16 {
   static constexpr int kHalf = 32;
 };
 
-// Two columns at a time, columns k / 4 .. end / 4 from p on; ahead: what to prefetch meanwhile, or
-// nullptr.
+// Two columns at a time, columns k / 4 .. end / 4 from p on.
 template <class Pairs, int M>
 inline __attribute__((always_inline)) const uint8_t* add_pairs(const uint8_t* p, int64_t k,
                                                                int64_t end, const uint8_t* const* x,
-                                                               const uint8_t* ahead, V::F* even,
-                                                               V::F* odd) {
+                                                               Ahead ahead, V::F* even, V::F* odd) {
 #pragma GCC unroll 2
   for (; k < end; k += 8, p += Pairs::kBytes) {
     V::F w0, w1;
-    if (ahead != nullptr) {
-      prefetch<Pairs::kBytes / 64>(ahead);
-      ahead += Pairs::kBytes;
+    if (ahead.far != nullptr) {
+      prefetch<Pairs::kBytes / 64>(ahead.far);
+      prefetch<Pairs::kBytes / 64>(ahead.near);
+      ahead.far += Pairs::kBytes;
+      ahead.near += Pairs::kBytes;
     }
     Pairs::load(p, &w0, &w1);
 #pragma GCC unroll 16
@@ -380,12 +378,25 @@ inline __attribute__((always_inline)) const uint8_t* add_pairs(const uint8_t* p,
   return p;
 }
 
+// `distance` pairs of columns behind `pair`, in this band or the next; this one where nothing is
+// known to follow.
+template <class Pairs>
+inline const uint8_t* float_pairs_behind(const BandJob& job, int64_t pair, int64_t distance) {
+  const int64_t num_pairs = job.w->cols / 2;
+  if (pair + distance < num_pairs) {
+    return job.band + (pair + distance) * Pairs::kBytes;
+  }
+  return job.next == nullptr ? job.band + pair * Pairs::kBytes
+                             : job.next + (pair + distance - num_pairs) * Pairs::kBytes;
+}
+
 template <class Pairs, int M>
 __attribute__((noinline)) void float_rows(const BandJob& job, int32_t first) {
   const uint8_t* x[M];
   gather_rows<M>(job, first, M, x);
   const int64_t num_pairs = job.w->cols / 2;
-  const int64_t distance = kAhead / Pairs::kBytes < num_pairs ? kAhead / Pairs::kBytes : num_pairs;
+  const int64_t far = kFar / Pairs::kBytes < num_pairs ? kFar / Pairs::kBytes : num_pairs;
+  const int64_t near = kNear / Pairs::kBytes < num_pairs ? kNear / Pairs::kBytes : num_pairs;
   for (int half = 0; half < 16 / V::kRows; ++half) {
     const uint8_t* p = job.band + half * Pairs::kHalf;
     V::F even[M], odd[M];
@@ -395,10 +406,15 @@ __attribute__((noinline)) void float_rows(const BandJob& job, int32_t first) {
     }
     // The band is in the caches when its second half or further rows are multiplied.
     const bool fresh = half == 0 && first == 0;
-    const int64_t middle = 8 * (num_pairs - distance);
-    p = add_pairs<Pairs, M>(p, 0, middle, x, fresh ? job.band + distance * Pairs::kBytes : nullptr,
-                            even, odd);
-    p = add_pairs<Pairs, M>(p, middle, 8 * num_pairs, x, fresh ? job.next : nullptr, even, odd);
+    const int64_t ends[3] = {num_pairs - far, num_pairs - near, num_pairs};
+    int64_t pair = 0;
+    for (const int64_t end : ends) {
+      const Ahead ahead = {float_pairs_behind<Pairs>(job, pair, far),
+                           float_pairs_behind<Pairs>(job, pair, near)};
+      p = add_pairs<Pairs, M>(p, 8 * pair, 8 * end, x, fresh ? ahead : Ahead{nullptr, nullptr},
+                              even, odd);
+      pair = end;
+    }
     if ((job.w->cols & 1) != 0) {
       const V::F w0 = Pairs::last(p);
 #pragma GCC unroll 16
