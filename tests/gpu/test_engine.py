@@ -59,9 +59,17 @@ def runner(options: CudaOptions, num_host_pages: int, *args: Any) -> Any:
 
 
 def engine(
-    path: Path, *, experts_in_vram: bool, use_graphs: bool = False, host_pages: int = 0, **kw: Any
+    path: Path,
+    *,
+    experts_in_vram: bool,
+    use_graphs: bool = False,
+    host_pages: int = 0,
+    prompt_experts: str = "auto",
+    **kw: Any,
 ) -> DirectEngine:
-    options = CudaOptions(experts_in_vram, use_graphs, None, show_progress=False)
+    options = CudaOptions(
+        experts_in_vram, use_graphs, show_progress=False, prompt_experts=prompt_experts
+    )
     make = partial(runner, options, host_pages)
     return DirectEngine(path, make_runner=make, num_host_pages=host_pages, **kw)
 

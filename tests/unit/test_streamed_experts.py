@@ -87,9 +87,12 @@ def start(made: StreamedExperts, streamed: list[bool]) -> None:
 def test_the_cpu_computes_what_is_not_streamed() -> None:
     fake = FakeSet()
     made = experts(fake)
+    held, real = [], fake.join
+    fake.join = lambda: (held.append(made.cpu.is_running), real())[1]  # type: ignore[method-assign]
     with made.step(TOKENS):
         start(made, [True, True, False, False])
         assert made.cpu.is_running
+    assert held[0]  # the workers read ids of ours until they have ended
     assert not made.cpu.is_running
     assert made.cpu.host.out[:, 0].tolist() == [0, 1, 1, 0]
     (job,) = fake.jobs

@@ -72,6 +72,22 @@ def make_prefill_planner(heads: Heads, page_size: int) -> Planner:
     return FlashPrefill(flashinfer, heads, page_size)
 
 
+def load_kernels(planner: Planner, num_heads: int, cache: torch.Tensor) -> None:
+    """Attend once on the current stream, in the last page: the first prompt need not load kernels.
+
+    cache: [pages, 2, page_size, KV heads, D].
+    """
+    last, _, tokens, _, d = cache.shape
+    pages = StepPages(
+        row_start=torch.tensor([0, tokens], dtype=torch.int32),
+        page_start=torch.tensor([0, 1], dtype=torch.int32),
+        last_page_len=torch.tensor([tokens], dtype=torch.int32),
+        page_ids=torch.tensor([last - 1], dtype=torch.int32, device="cuda"),
+    )
+    q = torch.zeros((tokens, num_heads, d), dtype=torch.bfloat16, device="cuda")
+    planner.plan(pages)(q, cache, d**-0.5)
+
+
 def import_flashinfer() -> Any:
     """The module, or None where it is not installed."""
     try:

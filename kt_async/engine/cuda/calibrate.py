@@ -10,7 +10,8 @@ import itertools
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +35,7 @@ _PAIRS_PER_ROW = 2  # a row's other experts are the GPU's
 _COPIES = 2  # of a whole layer beside each measurement
 _FEW_TOKENS = 64
 _GAP_LAYERS = 4
-_NEVER_S = 1e6
+_LENGTHS = (128, 256, 512, 1024, 2048)  # tokens
 
 
 def measure_rates(
@@ -57,11 +58,13 @@ def measure_rates(
     few, many = _token_counts(experts)
     gpu = [_gpu_seconds(experts, ops, tokens) for tokens in (few, many)]
     rates = SplitRates(layers, _line(few, many, gpu), (0.0, 0.0), overlap)
-    # A GPU that is slower than anything: the CPU then waits for its rows only, not for copies.
-    experts.rates = replace(rates, gpu_s=(_NEVER_S, 0.0))
-    gaps = [_gap_seconds(experts, ops, spec, forward, tokens) for tokens in (few, many)]
+    experts.rates = rates
+    # Of few tokens the CPU gets all experts: the launches run beside them, as they will later.
+    cases = ((few, experts.num_experts), (many, 1))
+    gaps = [_gap_seconds(experts, ops, spec, forward, *case) for case in cases]
     rates = replace(rates, gap_s=_line(few, many, gaps))
     experts.rates = rates
+    _load_variants(experts, ops, spec, forward, many)
     log.info("%s, measured in %.2f s", describe(rates, experts), time.monotonic() - begin)
     return rates
 
@@ -135,15 +138,13 @@ def _layer_rates(experts: StreamedExperts, copies: ExpertCopies, layers: list[in
     return LayerRates(float(np.median(bus)), tuple(rows), tuple(steady.tolist()), start)
 
 
-def _timed(run: Callable[[int], None], layer: int) -> float:
-    """Seconds of a run that finds the workers asleep, as they are when a layer begins."""
+def _timed(run: Callable[[int], float], layer: int) -> float:
+    """Seconds of a run after a pause like that between layers."""
     time.sleep(_PAUSE_S)
-    begin = time.perf_counter()
-    run(layer)
-    return time.perf_counter() - begin
+    return run(layer)
 
 
-def _cpu_run(experts: StreamedExperts, used: int, per_expert: int) -> Callable[[int], None] | None:
+def _cpu_run(experts: StreamedExperts, used: int, per_expert: int) -> Callable[[int], float] | None:
     """Runs experts 0 .. used - 1 of a layer with so many rows each; None if they do not fit."""
     host = experts.cpu.host
     per_row = min(_PAIRS_PER_ROW, host.ids.shape[1], used)
@@ -186,12 +187,47 @@ def _gap_seconds(
     spec: ModelSpec,
     forward: Callable[[CudaOps, ModelSpec], object],
     tokens: int,
+    cpu_experts: int,
 ) -> float:
-    """How long the CPU waits between two layers of a chunk, apart from the GPU's products."""
-    numbers = [int(name.split(".")[1]) for name in experts.layer_of]
-    last = sorted(numbers)[:_GAP_LAYERS][-1]
-    kept = ops.step, ops.experts_backend
+    """How long the CPU waits between two layers of a chunk while the GPU has no experts."""
     trace: list[tuple[float, float]] = []
+    experts.probe = cpu_experts
+    with _made_up_step(experts, ops, spec, tokens) as layers:
+        for _ in range(2):  # the first run loads and warms
+            with experts.step(tokens):
+                experts.cpu.trace = trace = []
+                forward(ops, replace(spec, num_layers=layers[:_GAP_LAYERS][-1] + 1))
+                torch.cuda.current_stream().synchronize()
+    experts.cpu.trace, experts.probe = None, 0
+    gaps = [start - end for (_, end), (start, _) in itertools.pairwise(trace)]
+    return float(np.median(gaps)) if gaps else 0.0
+
+
+def _load_variants(
+    experts: StreamedExperts,
+    ops: CudaOps,
+    spec: ModelSpec,
+    forward: Callable[[CudaOps, ModelSpec], object],
+    most: int,
+) -> None:
+    """Run two layers of prompts of many lengths, with all experts on the GPU.
+
+    Libraries take other kernels for other numbers of rows, and a kernel is loaded when it is first
+    launched: a decode step beside it was seen to take twice its time.
+    """
+    for tokens in (*(count for count in _LENGTHS if count < most), most):
+        with _made_up_step(experts, ops, spec, tokens) as layers:
+            experts.begin_step(tokens, use_cpu=False)
+            forward(ops, replace(spec, num_layers=layers[:2][-1] + 1))
+            torch.cuda.synchronize()
+
+
+@contextmanager
+def _made_up_step(
+    experts: StreamedExperts, ops: CudaOps, spec: ModelSpec, tokens: int
+) -> Iterator[list[int]]:
+    """Inside, the ops run tokens that attend nothing; yields the numbers of the experts' layers."""
+    kept = ops.step, ops.experts_backend
     scratch = (ops.pages.layers[0].shape[0] - 1) * ops.page_size
     ops.step = StepTensors(
         tokens=torch.arange(tokens, dtype=torch.int32, device="cuda") % spec.vocab_size,
@@ -203,13 +239,6 @@ def _gap_seconds(
     )
     ops.experts_backend = experts
     try:
-        for _ in range(2):  # the first run loads and warms
-            with experts.step(tokens):
-                experts.cpu.trace = trace = []
-                forward(ops, replace(spec, num_layers=last + 1))
-                torch.cuda.current_stream().synchronize()
-        gaps = [start - end for (_, end), (start, _) in itertools.pairwise(trace)]
+        yield sorted(int(name.split(".")[1]) for name in experts.layer_of)
     finally:
         ops.step, ops.experts_backend = kept
-        experts.cpu.trace = None
-    return float(np.median(gaps)) if gaps else 0.0

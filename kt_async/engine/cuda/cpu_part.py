@@ -123,11 +123,12 @@ class CpuPart:
         is_prompt: npt.NDArray[np.uint8] | None,
         *,
         num_spared: int,
-    ) -> None:
-        """Rows that are in `host` already, to the end."""
+    ) -> float:
+        """Rows that are in `host` already, to the end; seconds in which the workers had work."""
         self._number = self._number % (structs.KT_EXPERT_JOB_FAILED - 1) + 1
         self.start(layer, ids, is_prompt, num_spared=num_spared, waits=False)
         self.join()
+        return float(self._times[1] - self._times[0]) * 1e-9
 
     def check(self) -> None:
         """Call after the step, all of whose kernels have ended. Raises EngineError."""

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kt_async.engine.cuda.attention import Planner
+from kt_async.engine.cuda.attention import Planner, load_kernels
 from kt_async.engine.cuda.block import Block
 from kt_async.engine.cuda.forward import Forward, prompt_part
 from kt_async.engine.cuda.ops import CudaOps, RoutedExperts
@@ -59,6 +59,7 @@ class CudaLane:
         own_ops = replace(ops, router=Router())  # its buffers serve one stream
         self._forward = Forward(own_ops, spec, self._block, sample_vocab)
         self._stream = torch.cuda.Stream(priority=0)
+        load_kernels(planner, spec.num_heads, ops.pages.layers[0])
         self._layers: Generator[None, None, torch.Tensor] | None = None  # what is left to queue
         self._queued: deque[torch.cuda.Event] = deque()  # one after each piece on the stream
         can_copy = not isinstance(experts, StreamedExperts) or experts.copies is not None

@@ -45,6 +45,7 @@ class StreamedExperts:
     vram: VramExperts  # computes the layers that are not in layer_of
     copies: ExpertCopies | None = None  # None: everything stays on the CPU
     rates: SplitRates | None = None  # None: stream every expert, if copies can be made
+    probe: int = 0  # calibration: the CPU gets so many experts of a layer, nobody the others
     _use_cpu: bool = True
     _use_gpu: bool = True
     _tokens: int = 0
@@ -148,7 +149,7 @@ class StreamedExperts:
         part = HostPart(host.gpu_computes, host.out)
         by_expert = sort_rows(ops, ids, self.num_experts, part)
         y = None
-        if streamed.any():
+        if streamed.any() and not self.probe:
             copies = self._copy_rest(layer, streamed)
             matrices = copies.matrices(layer)
             y = multiply_rows(ops, x, by_expert, ids.shape[1], matrices)
@@ -162,6 +163,11 @@ class StreamedExperts:
         if self.copies is None or self.rates is None or not self._use_gpu:
             return np.zeros(self.num_experts, np.bool_)
         counts = np.bincount(ids[ids >= 0], minlength=self.num_experts)
+        if self.probe:
+            by_rows = np.argsort(np.where(counts > 0, counts, len(ids) + 1), kind="stable")
+            elsewhere = np.ones(self.num_experts, np.bool_)
+            elsewhere[by_rows[: self.probe]] = False
+            return elsewhere
         return self.rates.choose(layer, self._tokens, counts, self._ahead.get(layer, 0))
 
     def _copy_rest(self, layer: int, streamed: npt.NDArray[np.bool_]) -> ExpertCopies:
@@ -176,7 +182,7 @@ class StreamedExperts:
 
     def _copy_ahead(self, layer: int) -> None:
         copies = self.copies
-        if copies is None or not self._use_gpu or layer >= len(self.layer_of):
+        if copies is None or not self._use_gpu or layer >= len(self.layer_of) or self.probe:
             return
         count = self.num_experts
         if not self._streams_all():

@@ -103,6 +103,7 @@ class Workers {
   int32_t num_nodes_ = 1;
   int32_t isa_ = 0;
   int64_t idle_spin_ns_ = 0;
+  int64_t started_spin_ns_ = 0;  // after a started job
   int64_t barrier_spin_ns_ = 0;
   bool pinned_ = false;
   std::vector<int32_t> cpus_;   // core of each worker; -1 = anywhere
