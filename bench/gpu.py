@@ -182,7 +182,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--chunk_size", type=int, default=2048)
+    parser.add_argument("--chunk_size", type=int, default=8192)
     parser.add_argument("--prompt_experts", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument(
         "--interleave",

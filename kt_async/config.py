@@ -144,7 +144,7 @@ class Config:
     chunk_size: int = flag(
         256,
         "scheduling",
-        "most tokens (prompt pieces and new ones) computed in one step; 2048 with a GPU when not given",
+        "most tokens (prompt pieces and new ones) computed in one step; with a GPU 8192, or 4096 or 2048 on smaller ones, when not given",
         unit="tokens",
         low=1,
         high=16384,

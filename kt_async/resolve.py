@@ -16,7 +16,6 @@ from kt_async.config import ARCHITECTURES, Config
 from kt_async.errors import ConfigError
 
 _GPU_ONLY = ("gpu_memory_utilization", "gpu_expert_mem")
-GPU_CHUNK = 2048  # tokens of a step with a GPU, unless --chunk_size says otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,7 @@ class HostFacts:
     num_cpus: int  # logical CPUs this process may use
     num_cores: int  # physical cores among them, within the cgroup quota
     num_gpus: int = 0  # usable ones
+    gpu_chunk: int = 2048  # tokens of a step with a GPU, unless --chunk_size says otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class _Resolver:
             self.warnings += [f"--{name} has no effect without a GPU." for name in given]
         if on_gpu and "chunk_size" not in self.raw.sources:
             # Each chunk copies experts to the GPU anew: long ones share that cost.
-            self.put("chunk_size", GPU_CHUNK, "GPU")
+            self.put("chunk_size", self.host.gpu_chunk, "memory of the GPU")
         valid = ("auto", "bf16", "fp8") if on_gpu else ("auto", "f32", "f16", "bf16")
         if self.raw.kv_dtype not in valid:
             self.errors.append(

@@ -23,6 +23,7 @@ from kt_async.api.app import ApiSettings, drain, make_app, make_runner
 from kt_async.config import Config
 from kt_async.demo import demo_model_path
 from kt_async.engine.build import Model, engine_info, load_runner, make_scheduler, size_kv
+from kt_async.engine.gpu_memory import chunk_for
 from kt_async.engine.restart import watch
 from kt_async.engine.runner import Runner
 from kt_async.engine.service import EngineService
@@ -84,7 +85,10 @@ def prepare(raw: Config) -> Prepared:
         generation=recommended_sampling(model_path, files.metadata),
     )
     gpus = 0 if raw.device == "cpu" else usable_gpus()
-    machine = HostFacts(num_cpus=host.num_cpus, num_cores=host.num_cores, num_gpus=gpus)
+    machine = HostFacts(host.num_cpus, host.num_cores)
+    if gpus:
+        chunk = chunk_for(spec, smallest_gpu(gpus))
+        machine = dataclasses.replace(machine, num_gpus=gpus, gpu_chunk=chunk)
     placement = place(
         spec, rules_path=raw.optimize_config_path, num_gpus=gpus, amx="amx" in host.isas
     )
@@ -113,6 +117,13 @@ def usable_gpus() -> int:
         log.warning("there is a GPU, but this PyTorch build cannot use it: running on the CPU")
         return 0
     return torch.cuda.device_count()
+
+
+def smallest_gpu(gpus: int) -> int:
+    """Bytes of memory of the GPU that has least."""
+    import torch  # noqa: PLC0415 - seconds to import, and only a GPU needs it
+
+    return min(torch.cuda.get_device_properties(index).total_memory for index in range(gpus))
 
 
 def sample_vocab(tokenizer: Tokenizer, vocab_size: int) -> int:

@@ -19,6 +19,8 @@ _PROMPT_LOGIT_ROWS = 32
 # Bytes per (token, expert) pair and feature in a long prompt: rows sorted by expert in bf16, the
 # two products in f32 and bf16, their sum in f32.
 _PAIR_BYTES = 10
+_CHUNKS = (8192, 4096, 2048)
+_ACTIVATION_SHARE = 16  # of the GPU's memory, which a chunk's activations may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +103,26 @@ def work_bytes(spec: ModelSpec, kv: KvWish) -> int:
     # Long prompts multiply by bf16 copies: two of an expert tensor at a time, or the lm_head.
     expert = 2 * spec.num_experts * spec.moe_intermediate_size * spec.hidden_size
     dequantised = max(2 * expert, 2 * spec.vocab_size * spec.hidden_size)
-    pairs = kv.chunk_size * spec.top_k
-    activations = pairs * _PAIR_BYTES * (spec.moe_intermediate_size + spec.hidden_size)
-    widest = max(spec.intermediate_size, spec.num_heads * spec.head_dim, spec.hidden_size)
-    activations += kv.chunk_size * 6 * 4 * widest
+    activations = _activation_bytes(spec, kv.chunk_size)
     return _BASE_BYTES + _ATTENTION_BYTES + logits + dequantised + activations
+
+
+def _activation_bytes(spec: ModelSpec, chunk_size: int) -> int:
+    pairs = chunk_size * spec.top_k
+    widest = max(spec.intermediate_size, spec.num_heads * spec.head_dim, spec.hidden_size)
+    by_pair = pairs * _PAIR_BYTES * (spec.moe_intermediate_size + spec.hidden_size)
+    return by_pair + chunk_size * 6 * 4 * widest
+
+
+def chunk_for(spec: ModelSpec, gpu_bytes: int) -> int:
+    """Tokens of a step when nobody gave a number: the largest chunk with modest activations.
+
+    Experts in host memory are copied anew for each chunk, so that 8,192 tokens at once take a
+    little more than a third of the time of four times 2,048.
+    """
+    room = gpu_bytes // _ACTIVATION_SHARE
+    fitting = (chunk for chunk in _CHUNKS if _activation_bytes(spec, chunk) <= room)
+    return next(fitting, _CHUNKS[-1])
 
 
 def plan_gpu_memory(

@@ -116,8 +116,8 @@ def test_all_contradictions_are_reported_together() -> None:
 
 
 def test_gpu_is_used_when_there() -> None:
-    config = resolved(host=HostFacts(num_cpus=8, num_cores=4, num_gpus=1))
-    assert config.chunk_size == 2048
+    config = resolved(host=HostFacts(num_cpus=8, num_cores=4, num_gpus=1, gpu_chunk=4096))
+    assert config.chunk_size == 4096
     assert resolved(HostFacts(8, 4, 1), chunk_size=256).chunk_size == 256
     assert resolved(HostFacts(8, 4, 1), device="cpu").chunk_size == 256
     assert (config.device, config.kv_dtype) == ("cuda:0", "bf16")

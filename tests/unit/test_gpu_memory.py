@@ -16,6 +16,7 @@ from kt_async.engine.gpu_memory import (
     ExpertWish,
     GpuMemoryPlan,
     KvWish,
+    chunk_for,
     gpu_budget,
     plan_gpu_memory,
     work_bytes,
@@ -52,6 +53,19 @@ def plan(
         dense_bytes=1 * GIB,
         budget=int(budget_gib * GIB),
     )
+
+
+def test_a_chunk_is_as_large_as_the_gpu_allows() -> None:
+    assert [chunk_for(SPEC, size * GIB) for size in (140, 48, 24, 16, 4)] == [
+        8192,
+        8192,
+        4096,
+        2048,
+        2048,
+    ]
+    wide = replace(SPEC, hidden_size=7168, moe_intermediate_size=2048)
+    assert chunk_for(wide, 140 * GIB) == 8192
+    assert chunk_for(wide, 24 * GIB) == 2048
 
 
 def test_as_many_layers_as_fit_go_to_the_gpu() -> None:
