@@ -18,7 +18,8 @@
 
 namespace {
 
-constexpr int kRows = 70, kStride = 20, kPromptStride = 48;
+constexpr int kRows = 70, kStride = 20;
+constexpr int kBands = 5, kOutputs = 16 * kBands, kPromptStride = kOutputs + 16;
 // Error of a sum of products whose factors are rounded to 8 bits, over the root of the sum of their
 // squares: at most 2^-9 for each factor; 1.1e-3 .. 2.8e-3 were seen.
 constexpr double kPromptError = 4e-3;
@@ -53,27 +54,27 @@ std::vector<uint8_t> random_rows(int32_t type, int64_t num_bytes, std::mt19937& 
 
 struct Case {
   kt::Matrix w;
-  Bytes band, amx_acts, vnni_acts, prompt_acts, scratch;
+  Bytes band, amx_acts, vnni_acts, prompt_acts, packed_acts, scratch;
   int64_t stride = 0;
-  std::vector<float> weights, x;  // [32, cols] decoded, [kRows, cols]
+  std::vector<float> weights, x;  // [kOutputs, cols] decoded, [kRows, cols]
 
   Case(int32_t type, int32_t cols, std::mt19937& random) {
     const kt::TypeTraits* traits = kt::type_traits(type);
     const int64_t row_bytes = int64_t{cols} / traits->block_size * traits->block_bytes;
     kt::matrix_format(type, cols, &w.act, &w.band_bytes);
-    const std::vector<uint8_t> rows = random_rows(type, 32 * row_bytes, random);
-    band = allocate(2 * w.band_bytes);
-    for (int i = 0; i < 2; ++i) {
+    const std::vector<uint8_t> rows = random_rows(type, kOutputs * row_bytes, random);
+    band = allocate(kBands * w.band_bytes);
+    for (int i = 0; i < kBands; ++i) {
       kt::pack_band(type, cols, rows.data() + i * 16 * row_bytes, row_bytes, 16,
                     band.get() + i * w.band_bytes);
     }
-    weights.resize(size_t{32} * static_cast<size_t>(cols));
-    kt::dequantize_row(type, rows.data(), 32 * int64_t{cols}, weights.data());
+    weights.resize(size_t{kOutputs} * static_cast<size_t>(cols));
+    kt::dequantize_row(type, rows.data(), kOutputs * int64_t{cols}, weights.data());
     w.type = type;
-    w.rows = 32;
+    w.rows = kOutputs;
     w.cols = cols;
-    w.num_bands = 2;
-    w.expert_bytes = 2 * w.band_bytes;
+    w.num_bands = kBands;
+    w.expert_bytes = kBands * w.band_bytes;
     w.data = band.get();
     stride = kt::act_row_bytes(w.act, cols);
     amx_acts = allocate(stride * kRows);
@@ -100,6 +101,13 @@ struct Case {
       }
       kt::matrix_kernels(3)->prepare(w.act, row, cols, 0, cols, vnni_acts.get() + i * stride);
     }
+    packed_acts = allocate(stride * kRows);
+    for (int64_t k = 0; w.act == kt::kActQ8 && k < cols / 32; ++k) {
+      for (int64_t i = 0; i < kRows; ++i) {
+        std::memcpy(packed_acts.get() + (k * kRows + i) * 64,
+                    prompt_acts.get() + i * stride + k * 64, 64);
+      }
+    }
   }
 
   std::vector<float> multiply(int isa, const int32_t* rows, int m) {
@@ -111,19 +119,26 @@ struct Case {
   }
 };
 
-// Rows [first, first + m) of the two bands, or of the second one alone.
-std::vector<float> multiply_prompt(Case& c, int first, int m, int num_bands) {
+// Rows [first, first + m) of the last num_bands bands; packed: from lines of all rows next to each
+// other.
+std::vector<float> multiply_prompt(Case& c, int first, int m, int num_bands, bool packed) {
   std::vector<float> out(size_t{kRows} * kPromptStride, -1.0f);
-  kt::matrix_kernels(4)->multiply_prompt(c.w, 0, 2 - num_bands, num_bands,
-                                         c.prompt_acts.get() + first * c.stride, c.stride, m,
-                                         out.data(), kPromptStride, c.scratch.get(), nullptr);
+  kt::PromptRows rows;
+  rows.row_stride = packed ? 64 : c.stride;
+  rows.line_stride = packed ? 64 * kRows : 64;
+  rows.acts = (packed ? c.packed_acts : c.prompt_acts).get() + first * rows.row_stride;
+  rows.m = m;
+  rows.ahead = c.prompt_acts.get();
+  rows.ahead_bytes = 64 * m;
+  kt::matrix_kernels(4)->multiply_prompt(c.w, 0, kBands - num_bands, num_bands, rows, out.data(),
+                                         kPromptStride, c.scratch.get(), nullptr);
   return out;
 }
 
 double prompt_error(const Case& c, const std::vector<float>& out) {
   double difference = 0, size = 0;
   for (size_t i = 0; i < kRows; ++i) {
-    for (size_t r = 0; r < 32; ++r) {
+    for (size_t r = 0; r < kOutputs; ++r) {
       const auto cols = static_cast<size_t>(c.w.cols);
       double exact = 0, terms = 0;
       for (size_t k = 0; k < cols; ++k) {
@@ -143,18 +158,19 @@ int check_prompt(Case& c, const char* name) {
   const auto at = [](const std::vector<float>& out, int i) {
     return &out[size_t{kPromptStride} * static_cast<size_t>(i)];
   };
-  const std::vector<float> all = multiply_prompt(c, 0, kRows, 2);
+  const std::vector<float> all = multiply_prompt(c, 0, kRows, kBands, false);
   const double error = prompt_error(c, all);
   if (!(error < kPromptError)) {
     std::printf("%s, %d columns: prompt rows are wrong by %.1e\n", name, c.w.cols, error);
     ++failures;
   }
   for (const int m : {1, 2, 15, 16, 17, 31, 32, 33, 40, 47, 48, 49, 64, 65, 70}) {
-    for (const int num_bands : {1, 2}) {
+    for (const int num_bands : {1, 2, 3, 4}) {
       const int first = kRows - m;
-      const std::vector<float> out = multiply_prompt(c, first, m, num_bands);
+      const std::vector<float> out =
+          multiply_prompt(c, first, m, num_bands, (m + num_bands) % 2 == 0);
       for (int i = 0; i < kRows; ++i) {
-        const float* expected = at(all, first + i) + 16 * (2 - num_bands);
+        const float* expected = at(all, first + i) + 16 * (kBands - num_bands);
         const size_t bytes = size_t{64} * static_cast<size_t>(num_bands);
         if (i < m && std::memcmp(at(out, i), expected, bytes) != 0) {
           std::printf("%s, %d columns: prompt row %d changes among %d\n", name, c.w.cols, i, m);

@@ -96,6 +96,7 @@ static inline __m512i half_of_signed(__m512i a) {
 }
 
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
@@ -103,5 +104,6 @@ static inline __m512i half_of_signed(__m512i a) {
 #define _tile_release() ((void)0)
 #define _tile_zero(tile) std::memset(emulated::tiles[tile], 0, 1024)
 #define _tile_loadd(tile, base, stride) emulated::load(tile, base, stride)
+#define _tile_stream_loadd(tile, base, stride) emulated::load(tile, base, stride)
 #define _tile_stored(tile, base, stride) emulated::store(tile, base, stride)
 #define _tile_dpbf16ps(c, a, b) emulated::dot_bf16(c, a, b)

@@ -1,16 +1,18 @@
 // Entry points for tensor types and single packed matrices (tests, benchmarks,
 // kt_experts_multiply).
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <string>
+#include <vector>
 
 #include "abi/matrix_handle.h"
 #include "base/arena.h"
 #include "base/error.h"
+#include "experts/tasks.h"
 #include "host/features.h"
 #include "kernels/pack_tensor.h"
 
@@ -37,7 +39,7 @@ void pack_all(kt_matrix* matrix, const kt_tensor& tensor, uint8_t* data) {
   });
 }
 
-// Prepared rows, times one or two bands, into the result, whose rows are w.rows apart; the last
+// Prepared rows, times some bands, into the result, whose rows are w.rows apart; the last
 // band may be cut off.
 struct Product {
   const MatrixKernels& kernels;
@@ -47,21 +49,21 @@ struct Product {
   int64_t stride;
   bool is_prompt;
   float* out;
-  float* partial;  // [num_rows, 2 * kBandRows], for the worker that has the last band
+  float* partial;  // [num_rows, kPromptBands * kBandRows], for the worker that has the last band
 
   void bands(int32_t band, int32_t num_bands, int32_t first, int32_t m, void* scratch) const {
     float* to = out + int64_t{first} * w.rows + int64_t{band} * kBandRows;
     const int32_t columns = std::min(num_bands * kBandRows, w.rows - band * kBandRows);
     const bool direct = columns == num_bands * kBandRows;
     float* sums = direct ? to : partial;
-    const int64_t sums_stride = direct ? w.rows : 2 * kBandRows;
+    const int64_t sums_stride = direct ? w.rows : num_bands * kBandRows;
     const uint8_t* x = acts + first * stride;
     // What comes after a worker's last band is read for nothing, which a product can afford.
     const int32_t then = band + num_bands;
-    const uint8_t* next = then + num_bands <= w.num_bands ? band_at(w, expert, then) : nullptr;
+    const uint8_t* next = then < w.num_bands ? band_at(w, expert, then) : nullptr;
     if (is_prompt) {
-      kernels.multiply_prompt(w, expert, band, num_bands, x, stride, m, sums, sums_stride, scratch,
-                              next);
+      const PromptRows rows = {.acts = x, .row_stride = stride, .m = m};
+      kernels.multiply_prompt(w, expert, band, num_bands, rows, sums, sums_stride, scratch, next);
     } else {
       kernels.multiply_band(w, expert, band, x, stride, nullptr, m, sums, sums_stride, scratch,
                             next);
@@ -112,30 +114,42 @@ void multiply(const kt_matrix& matrix, int32_t expert, const float* x, int32_t n
   const int64_t act_bytes = stride * num_rows;
   const int64_t all_scratch = scratch_bytes * workers.num_threads();
   const std::lock_guard<std::mutex> lock(matrix.pool->matrix_lock);
-  uint8_t* acts = workspace_of(*matrix.pool)
-                      .reserve(act_bytes + all_scratch + int64_t{2 * kBandRows} * num_rows * 4);
+  uint8_t* acts =
+      workspace_of(*matrix.pool)
+          .reserve(act_bytes + all_scratch + int64_t{kPromptBands * kBandRows} * num_rows * 4);
   uint8_t* all = acts + act_bytes;
   const Product product = {kernels, w,         expert, acts,
                            stride,  is_prompt, out,    reinterpret_cast<float*>(all + all_scratch)};
-  const int32_t step = is_prompt ? 2 : 1, block = is_prompt ? kPromptRows : num_rows;
+  // Prompt rows are multiplied as the model does it: what is left goes to whoever is done.
+  const int32_t step = is_prompt ? kPromptBands : 1, block = is_prompt ? kPromptRows : num_rows;
+  TailCounter tail;
   workers.for_each([&](int32_t worker) {
-    const Range rows = split(num_rows, worker, workers.num_threads());
+    const int32_t threads = workers.num_threads();
+    const Range rows = split(num_rows, worker, threads);
     for (int64_t i = rows.first; i < rows.last; ++i) {
       kernels.prepare(form, x + i * w.cols, w.cols, 0, w.cols, acts + i * stride);
     }
     workers.barrier();
     uint8_t* scratch = all + worker * scratch_bytes;
-    const Range units = split((w.num_bands + step - 1) / step, worker, workers.num_threads());
-    for (int32_t first = 0; first < num_rows; first += block) {
-      for (int64_t unit = units.first; unit < units.last; ++unit) {
-        const auto band = static_cast<int32_t>(unit) * step;
-        product.bands(band, std::min(step, w.num_bands - band), first,
-                      std::min(block, num_rows - first), scratch);
+    const auto multiply_bands = [&](int64_t begin, int64_t end) {
+      for (int32_t first = 0; first < num_rows; first += block) {
+        for (auto band = static_cast<int32_t>(begin); band < end; band += step) {
+          product.bands(band, std::min(step, static_cast<int32_t>(end) - band), first,
+                        std::min(block, num_rows - first), scratch);
+        }
       }
+    };
+    if (is_prompt) {
+      share_range(w.num_bands, 2, worker, threads, 2, tail, multiply_bands);
+    } else {
+      const Range bands = split(w.num_bands, worker, threads);
+      multiply_bands(bands.first, bands.last);
     }
   });
 }
 
+// Every worker times itself while all of them are busy: the sum is what they reach together, also
+// where some share a core with each other or with strangers and take longer.
 double peak_rate(Workers& workers, int32_t kind) {
   const MatrixKernels& kernels = *matrix_kernels(workers.isa());
   if (kernels.peak(kind, 1) == 0) {
@@ -143,13 +157,23 @@ double peak_rate(Workers& workers, int32_t kind) {
     fail_unsupported(std::string(isa_name(workers.isa())) + " has no " + kNames[kind] +
                      " multiply-add instruction");
   }
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::duration<double> kPass{0.01};
   double best = 0;
   for (int pass = 0; pass < 5; ++pass) {
-    std::atomic<int64_t> count{0};
-    const auto start = std::chrono::steady_clock::now();
-    workers.for_each([&](int32_t) { count += kernels.peak(kind, 1000000); });
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    best = std::max(best, static_cast<double>(count) / seconds.count());
+    std::vector<double> rates(static_cast<size_t>(workers.num_threads()));
+    workers.for_each([&](int32_t worker) {
+      workers.barrier();
+      const auto start = Clock::now();
+      std::chrono::duration<double> seconds{0};
+      int64_t count = 0;
+      while (seconds < kPass) {
+        count += kernels.peak(kind, 10000);
+        seconds = Clock::now() - start;
+      }
+      rates[static_cast<size_t>(worker)] = static_cast<double>(count) / seconds.count();
+    });
+    best = std::max(best, std::accumulate(rates.begin(), rates.end(), 0.0));
   }
   return best;
 }

@@ -10,12 +10,12 @@ namespace kt {
 namespace {
 
 // Cost of a task on an expert's rows, in arbitrary units: reading the weights dominates for few
-// rows, arithmetic for many. A prompt row costs a seventh, after the weights have been decoded (by
-// the time of 33 such rows).
+// rows, arithmetic for many. A prompt row costs a sixth, after the weights have been decoded (by
+// the time of 24 such rows).
 int64_t unit_cost(const Grouping& g, int32_t expert) {
   const int32_t prompt = g.prompt[expert];
   const int32_t others = g.start[expert + 1] - g.start[expert] - prompt;
-  return (others == 0 ? 0 : 8 + others) + (prompt == 0 ? 0 : 5 + prompt / 7);
+  return (others == 0 ? 0 : 8 + others) + (prompt == 0 ? 0 : 4 + prompt / 6);
 }
 
 bool has_prompts(const Grouping& g) {
@@ -75,7 +75,7 @@ struct UpTask {
   const Matrix& up() const { return job.weights.up->parts[part].matrix; }
   const Grouping& grouping() const { return buffers.groupings[worker]; }
   float* gate_out() const { return buffers.temps[worker]; }
-  float* up_out() const { return gate_out() + kPromptRows * kUnitRows; }
+  float* up_out() const { return gate_out() + kPromptRows * kPromptUnits * kUnitRows; }
   uint8_t* scratch() const { return buffers.scratch[worker]; }
   // First gate band after `unit`, or nullptr; end: of the task's units.
   const uint8_t* after(int64_t unit, int64_t end) const {
@@ -86,24 +86,38 @@ struct UpTask {
   }
 };
 
-// silu(gate) * up of m rows of one unit, prepared for the down matrix.
-void finish_up(const UpTask& task, int32_t at, int32_t m, int64_t unit, bool is_prompt) {
+// silu(gate) * up of m rows, pairs from `at` on, and of some units, prepared for the down matrix.
+void finish_up(const UpTask& task, int32_t at, int32_t m, int64_t unit, int32_t units,
+               bool is_prompt) {
   const Weight& down = *task.job.weights.down;
   const int64_t stride = act_row_bytes(down.act, down.cols);
   const int32_t first_band = task.job.weights.gate->parts[task.part].first_band;
   const auto column = static_cast<int32_t>((first_band + 2 * unit) * kBandRows);
-  const int32_t columns = std::min(kUnitRows, down.cols - column);
-  const bool whole = columns == kUnitRows;  // rows lie next to each other
+  const int32_t width = units * kUnitRows, columns = std::min(width, down.cols - column);
+  const bool whole = columns == width;  // rows lie next to each other
+  const ActKind form = form_of(down.act, is_prompt);
   if (whole) {
-    task.job.vector->silu_mul(task.gate_out(), task.up_out(), m * kUnitRows, task.gate_out());
+    task.job.vector->silu_mul(task.gate_out(), task.up_out(), m * width, task.gate_out());
   }
+  const int32_t start = task.grouping().start[task.expert];
+  const int64_t count = task.grouping().prompt[task.expert];
   for (int32_t i = 0; i < m; ++i) {
-    float* row = task.gate_out() + i * kUnitRows;
+    float* row = task.gate_out() + i * width;
     if (!whole) {
-      task.job.vector->silu_mul(row, task.up_out() + i * kUnitRows, columns, row);
+      task.job.vector->silu_mul(row, task.up_out() + i * width, columns, row);
     }
-    task.job.matrix->prepare(form_of(down.act, is_prompt), row, down.cols, column, columns,
-                             task.buffers.mid + (at + i) * stride);
+    if (form != kActBf16) {
+      task.job.matrix->prepare(form, row, down.cols, column, columns,
+                               task.buffers.mid + (at + i) * stride);
+      continue;
+    }
+    // Line k of the rows of all prompt pairs lies together; prepare() goes 64 k bytes ahead itself.
+    uint8_t* lines = task.buffers.mid + start * stride + 64 * (at - start + i);
+    for (int32_t first = 0; first < columns; first += 32) {
+      const int32_t k = (column + first) / 32;
+      task.job.matrix->prepare(form, row + first, down.cols, column + first, 32,
+                               lines + 64 * k * (count - 1));
+    }
   }
 }
 
@@ -126,20 +140,58 @@ void up_unit(const UpTask& task, int64_t unit, int32_t first, int32_t last, bool
                                 task.up_out() + b * kBandRows, kUnitRows, task.scratch(),
                                 b + 1 < bands ? band_at(task.gate(), task.expert, now + 1) : next);
     }
-    finish_up(task, at, m, unit, is_prompt);
+    finish_up(task, at, m, unit, 1, is_prompt);
   }
 }
 
-// Brings a share of the next expert's prompt rows into this core's cache.
-void fetch_rows(const UpTask& task, int64_t share, int64_t shares) {
+// Brings shares [first, last) of `shares` of the next expert's prompt rows into this core's cache.
+void fetch_rows(const UpTask& task, int64_t first, int64_t last, int64_t shares) {
   const Grouping& g = task.grouping();
-  const Range mine = split(g.prompt[task.next_expert], share, shares);
-  for (int64_t i = mine.first; i < mine.last; ++i) {
+  const int64_t count = g.prompt[task.next_expert];
+  for (int64_t i = count * first / shares; i < count * last / shares; ++i) {
     const int32_t token = g.tokens[g.start[task.next_expert] + i];
     const uint8_t* row = task.job.x + token * task.job.x_stride;
     for (int32_t at = 0; at < 2 * task.gate().cols; at += 64) {
       __builtin_prefetch(row + at, 0, 2);
     }
+  }
+}
+
+// Copies the prepared rows of m tokens, line by line: [lines][m] of 64 bytes.
+void gather_lines(const ExpertJob& job, const int32_t* tokens, int32_t m, int64_t lines,
+                  uint8_t* to) {
+  for (int64_t k = 0; k < lines; ++k) {
+    for (int32_t i = 0; i < m; ++i, to += 64) {
+      std::memcpy(to, job.x + tokens[i] * job.x_stride + 64 * k, 64);
+    }
+  }
+}
+
+// Asks for `lines` lines that this core is about to write and others have read: their stores would
+// wait for each of them.
+void fetch_to_write(const uint8_t* at, int64_t lines) {
+#if defined(__x86_64__)
+  for (; lines > 0; --lines, at += 64) {
+    asm volatile("prefetchw %0" : : "m"(*at));
+  }
+#else
+  static_cast<void>(at);
+  static_cast<void>(lines);
+#endif
+}
+
+// The same for what finish_up() is to write for prompt tokens.
+void fetch_mid(const UpTask& task, int32_t at, int32_t m, int64_t unit, int32_t units) {
+  const Weight& down = *task.job.weights.down;
+  if (form_of(down.act, true) != kActBf16) {
+    return;
+  }
+  const int32_t start = task.grouping().start[task.expert];
+  const int64_t count = task.grouping().prompt[task.expert];
+  const int64_t k = task.job.weights.gate->parts[task.part].first_band / 2 + unit;
+  const uint8_t* lines = task.buffers.mid + start * act_row_bytes(down.act, down.cols);
+  for (int64_t i = k; i < std::min<int64_t>(k + units, down.cols / 32); ++i) {
+    fetch_to_write(lines + 64 * (i * count + at - start), m);
   }
 }
 
@@ -149,30 +201,30 @@ void up_prompt(const UpTask& task, int64_t first, int64_t last) {
   const ExpertJob& job = task.job;
   const int32_t start = task.grouping().start[task.expert];
   const int32_t count = task.grouping().prompt[task.expert];
-  const int64_t stride = act_row_bytes(kActBf16, task.gate().cols);
-  const int64_t fit = std::clamp<int64_t>(kGatherBytes / stride, 1, kPromptRows);
+  const int64_t lines = task.gate().cols / 32;
+  const int64_t fit = std::clamp<int64_t>(kGatherBytes / (64 * lines), 1, kPromptRows);
   const int64_t blocks = (count + fit - 1) / fit;
-  uint8_t* rows = task.buffers.rows[task.worker];
   for (int64_t block = 0; block < blocks; ++block) {
     const Range mine = split(count, block, blocks);
     const auto m = static_cast<int32_t>(mine.last - mine.first);
     const auto at = static_cast<int32_t>(start + mine.first);
-    for (int32_t i = 0; i < m; ++i) {
-      std::memcpy(rows + i * stride, job.x + task.grouping().tokens[at + i] * job.x_stride,
-                  static_cast<size_t>(2 * task.gate().cols));
-    }
-    for (int64_t unit = first; unit < last; ++unit) {
+    uint8_t* packed = task.buffers.rows[task.worker];
+    gather_lines(job, task.grouping().tokens + at, m, lines, packed);
+    const PromptRows rows = {.acts = packed, .row_stride = 64, .line_stride = 64 * m, .m = m};
+    for (int64_t unit = first; unit < last; unit += kPromptUnits) {
+      const auto units = static_cast<int32_t>(std::min<int64_t>(kPromptUnits, last - unit));
       if (block == 0 && task.next_expert >= 0) {
-        fetch_rows(task, unit - first, last - first);
+        fetch_rows(task, unit - first, unit - first + units, last - first);
       }
       const auto band = static_cast<int32_t>(2 * unit);
-      const int32_t bands = std::min(2, task.gate().num_bands - band);
-      job.matrix->multiply_prompt(task.gate(), task.expert, band, bands, rows, stride, m,
-                                  task.gate_out(), kUnitRows, task.scratch(),
-                                  band_at(task.up(), task.expert, band));
-      job.matrix->multiply_prompt(task.up(), task.expert, band, bands, rows, stride, m,
-                                  task.up_out(), kUnitRows, task.scratch(), task.after(unit, last));
-      finish_up(task, at, m, unit, true);
+      const int32_t bands = std::min(2 * units, task.gate().num_bands - band);
+      const int32_t width = units * kUnitRows;
+      job.matrix->multiply_prompt(task.gate(), task.expert, band, bands, rows, task.gate_out(),
+                                  width, task.scratch(), band_at(task.up(), task.expert, band));
+      fetch_mid(task, at, m, unit, units);
+      job.matrix->multiply_prompt(task.up(), task.expert, band, bands, rows, task.up_out(), width,
+                                  task.scratch(), task.after(unit + units - 1, last));
+      finish_up(task, at, m, unit, units, true);
     }
   }
 }
@@ -241,35 +293,41 @@ void add_bands(const DownTask& task, int32_t at, int32_t m, int64_t band, int32_
 // are brought into this core's cache.
 void down_prompt(const DownTask& task, int32_t i) {
   const Grouping& g = task.grouping();
-  const int64_t stride = task.mid_stride();
+  const int64_t stride = task.mid_stride(), row_bytes = 2 * int64_t{task.down().cols};
   const int32_t start = g.start[g.active[i]], count = g.prompt[g.active[i]];
+  const int64_t calls = (task.last - task.first + kPromptBands - 1) / kPromptBands;
   const uint8_t* ahead = nullptr;
-  int64_t ahead_bytes = 0;
+  int64_t ahead_lines = 0;
   if (i + 1 < g.num_active) {
     const int32_t next = g.active[i + 1];
     ahead = task.buffers.mid + g.start[next] * stride;
-    ahead_bytes = std::min<int64_t>(g.prompt[next] * stride, kGatherBytes);
+    ahead_lines = std::min<int64_t>(g.prompt[next] * row_bytes, kGatherBytes) / 64;
   }
   const int64_t blocks = (count + kPromptRows - 1) / kPromptRows;
-  const int64_t pairs = (task.last - task.first + 1) / 2;
   for (int64_t block = 0; block < blocks; ++block) {
     const Range mine = split(count, block, blocks);
     const auto at = static_cast<int32_t>(start + mine.first);
-    const auto m = static_cast<int32_t>(mine.last - mine.first);
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      if (block == 0) {
-        const Range lines = split(ahead_bytes / 64, pair, pairs);
-        for (int64_t line = lines.first; line < lines.last; ++line) {
-          __builtin_prefetch(ahead + 64 * line, 0, 2);
-        }
+    PromptRows rows = {.acts = task.buffers.mid + start * stride + 64 * mine.first,
+                       .row_stride = 64,
+                       .line_stride = int64_t{64} * count,
+                       .m = static_cast<int32_t>(mine.last - mine.first)};
+    for (int64_t call = 0; call < calls; ++call) {
+      if (block == 0 && ahead != nullptr) {
+        const Range lines = split(ahead_lines, call, calls);
+        rows.ahead = ahead + 64 * lines.first;
+        rows.ahead_bytes = 64 * (lines.last - lines.first);
+      } else {
+        rows.ahead = nullptr;
+        rows.ahead_bytes = 0;
       }
-      const int64_t band = task.first + 2 * pair;
-      const auto bands = static_cast<int32_t>(std::min<int64_t>(2, task.last - band));
-      task.job.matrix->multiply_prompt(
-          task.matrix(), g.active[i], static_cast<int32_t>(band), bands,
-          task.buffers.mid + at * stride, stride, m, task.buffers.temps[task.worker], kUnitRows,
-          task.buffers.scratch[task.worker], task.band_after(band + 2, i));
-      add_bands(task, at, m, band, bands, task.buffers.temps[task.worker], kUnitRows);
+      const int64_t band = task.first + call * kPromptBands;
+      const auto bands = static_cast<int32_t>(std::min<int64_t>(kPromptBands, task.last - band));
+      const int32_t width = bands * kBandRows;
+      float* sums = task.buffers.temps[task.worker];
+      task.job.matrix->multiply_prompt(task.matrix(), g.active[i], static_cast<int32_t>(band),
+                                       bands, rows, sums, width, task.buffers.scratch[task.worker],
+                                       task.band_after(band + bands, i));
+      add_bands(task, at, rows.m, band, bands, sums, width);
     }
   }
 }
@@ -417,7 +475,8 @@ void allocate_expert_buffers(Workers& workers, Arena& arena, int64_t max_pairs, 
     grouping.tokens = arena.allocate_array<int32_t>(max_pairs);
     grouping.weights = arena.allocate_array<float>(max_pairs);
     buffers.groupings.push_back(grouping);
-    buffers.temps.push_back(arena.allocate_array<float>(2 * kPromptRows * kUnitRows));
+    buffers.temps.push_back(
+        arena.allocate_array<float>(2 * kPromptRows * kPromptUnits * kUnitRows));
     buffers.rows.push_back(
         arena.allocate(std::max(kGatherBytes, act_row_bytes(kActBf16, max_cols))));
     buffers.scratch.push_back(arena.allocate(multiply_scratch_bytes(max_cols)));
@@ -521,8 +580,21 @@ void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffe
       lo = hi / segments * segments;
     }
   };
-  share_range((bands + step - 1) / step * segments, segments, worker - team.first,
-              team.last - team.first, chunk, job.tails[job.weights.gate->parts.size() + p], run);
+  const int64_t count = (bands + step - 1) / step * segments;
+  const int64_t index = worker - team.first, size = team.last - team.first;
+  TailCounter& tail = job.tails[job.weights.gate->parts.size() + p];
+  if (!prompts) {
+    share_range(count, segments, index, size, chunk, tail, run);
+    return;
+  }
+  // Each run of bands reads the intermediate rows of all pairs, most of them from other cores'
+  // caches: one long run for every worker, then single pairs of bands for those that are done.
+  const int64_t fixed = size == 1 ? count : count * 3 / 4 / size;
+  run(index * fixed, (index + 1) * fixed);
+  for (int64_t i = size * fixed + tail.next.fetch_add(1, std::memory_order_relaxed); i < count;
+       i = size * fixed + tail.next.fetch_add(1, std::memory_order_relaxed)) {
+    run(i, i + 1);
+  }
 }
 
 }  // namespace kt

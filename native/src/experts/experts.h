@@ -11,7 +11,9 @@
 //  step are cut into segments of some experts, whose products are kept until all are there and then
 //  added in the same order.
 //  Prompt tokens: an expert's pairs of prompt tokens come before its other pairs. Where the kernels
-//  have multiply_prompt, they are multiplied by it, from rows copied next to each other.
+//  have multiply_prompt, they are multiplied by it, from rows copied next to each other, line by
+//  line (PromptRows with row_stride 64); their intermediate rows lie in the same way, in the place
+//  of the expert's first pairs.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +29,7 @@ namespace kt {
 // Rows handled per kernel call: bounds the temporaries; the band is then still in L1/L2.
 inline constexpr int32_t kRowBlock = 64;
 inline constexpr int32_t kUnitRows = 2 * kBandRows;
+inline constexpr int32_t kPromptUnits = kPromptBands / 2;
 // Most pairs of a step whose last down bands are cut into segments.
 inline constexpr int64_t kKeptPairs = 1024;
 // Prepared prompt rows that are copied together at a time, and sums of many tokens: half of a
@@ -62,7 +65,7 @@ struct ExpertBuffers {
   float* kept = nullptr;            // [bands of down, kept_pairs, 16] sums of those bands
   TailCounter* arrived = nullptr;   // [bands of down] segments that are there; 0 between layers
   std::vector<Grouping> groupings;  // per worker
-  std::vector<float*> temps;        // per worker: 2 * kPromptRows * kUnitRows floats
+  std::vector<float*> temps;        // per worker: 2 * kPromptRows * kPromptUnits * kUnitRows
   std::vector<uint8_t*> rows;     // per worker: prompt rows of one expert, then sums; kGatherBytes
   std::vector<uint8_t*> scratch;  // per worker: multiply_scratch_bytes
 };

@@ -21,7 +21,8 @@ inline constexpr int kBandRows = 16;
 enum ActKind : int32_t {
   kActF32 = 0,   // as they are: F32, F16, BF16 weights and the generic path
   kActQ8 = 1,    // int8 with one f32 scale per 32 columns, plus the sums the k-quants need
-  kActBf16 = 2,  // bf16, scaled and permuted for multiply_prompt; fits where a kActQ8 row does
+  kActBf16 = 2,  // bf16, scaled and permuted for multiply_prompt, 64 bytes for every 32 columns;
+                 // fits where a kActQ8 row does
 };
 
 // Packed weights of one tensor. Owned by whoever packed them; immutable afterwards.
@@ -49,6 +50,21 @@ int64_t multiply_scratch_bytes(int32_t cols);
 // Most rows of one multiply_prompt: their prepared form then stays in the L2 cache while bands go
 // by.
 inline constexpr int32_t kPromptRows = 256;
+// Bands worth multiplying by one call: what begins and ends a call is a sixth of two bands' time.
+inline constexpr int32_t kPromptBands = 8;
+
+// Rows of one multiply_prompt, prepared as kActBf16: columns [32 k, 32 k + 32) of row i, 64 bytes,
+// lie at acts + i * row_stride + k * line_stride. line_stride is 64 for rows as prepare() leaves
+// them; lines of all rows next to each other (row_stride 64) are multiplied faster.
+struct PromptRows {
+  const uint8_t* acts = nullptr;
+  int64_t row_stride = 0;
+  int64_t line_stride = 64;
+  int32_t m = 0;
+  // What this thread reads afterwards, or nullptr: brought into its L2 cache meanwhile.
+  const uint8_t* ahead = nullptr;
+  int64_t ahead_bytes = 0;
+};
 
 struct MatrixKernels {
   int32_t isa;
@@ -66,15 +82,15 @@ struct MatrixKernels {
   void (*multiply_band)(const Matrix& w, int32_t expert, int32_t band, const uint8_t* acts,
                         int64_t act_stride, const int32_t* rows, int32_t m, float* out,
                         int64_t out_stride, void* scratch, const uint8_t* next);
-  // Many rows at bf16 precision: prompt tokens; nullptr where multiply_band serves them as well.
-  // For matrices whose act is kActQ8, rows prepared as kActBf16, one after another, at most
-  // kPromptRows. num_bands 1 or 2: out[i * out_stride + r], r < 16 * num_bands; next: the first one
-  // of the bands that this thread multiplies next, or nullptr. Equal bits alone and in company here
-  // too, but others than multiply_band's: a token is multiplied in one way for as long as its state
+  // Many rows at bf16 precision, prompt tokens, at most kPromptRows; nullptr where multiply_band
+  // serves them as well. For matrices whose act is kActQ8. out[i * out_stride + r], r < 16 *
+  // num_bands; several bands together are faster than band by band. next: the first one of the
+  // bands that this thread multiplies next, or nullptr. Equal bits alone and in company here too,
+  // but others than multiply_band's: a token is multiplied in one way for as long as its state
   // lives.
   void (*multiply_prompt)(const Matrix& w, int32_t expert, int32_t band, int32_t num_bands,
-                          const uint8_t* acts, int64_t act_stride, int32_t m, float* out,
-                          int64_t out_stride, void* scratch, const uint8_t* next);
+                          const PromptRows& rows, float* out, int64_t out_stride, void* scratch,
+                          const uint8_t* next);
   // Runs `rounds` rounds of independent multiply-adds in registers, with the widest integer
   // (kind 0), bf16 (1) or f32 (2) instruction; returns how many multiply-adds that were, 0 when the
   // ISA has no such instruction. For kt_bench_peak.

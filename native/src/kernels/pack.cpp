@@ -314,9 +314,10 @@ int64_t act_row_bytes(ActKind kind, int32_t cols) {
 }
 
 int64_t multiply_scratch_bytes(int32_t cols) {
-  // One row as f32 (scalar), or decoded tiles and sums (AMX: 16 KiB and kPromptRows * 128 bytes).
+  // One row as f32 (scalar), or decoded tiles and sums (AMX: 32 KiB and kPromptRows * 128 bytes).
+  constexpr int64_t kTiles = 96 << 10;
   const int64_t row = float_row_bytes(cols);
-  return row < 65536 ? 65536 : row;
+  return row < kTiles ? kTiles : row;
 }
 
 bool matrix_format(int32_t type, int32_t cols, ActKind* act, int64_t* band_bytes) {

@@ -74,6 +74,7 @@ struct RowPowers {
   __m512 e;
   __m512 wrong;  // NaN where the row's scales are not finite, else 0
 
+  RowPowers() = default;
   // largest: bound of every scale of a row. most: largest e; up to 30, p and q are normal f16.
   RowPowers(__m512 largest, float most) {
     const __m512 wanted = _mm512_sub_ps(V::set_f(14.0f), _mm512_getexp_ps(largest));
@@ -159,13 +160,14 @@ KT_INLINE void store_nibble_line(uint8_t* lines, const NibbleScale& s, const uin
   store_nibbles(lines, s, even_low, even_high, odd_low, odd_high);
 }
 
-// A decoder holds what 256 columns of a band need; block(b, lines) stores 16 lines of 32 columns.
+// A decoder holds what 256 columns of a band need; block(b, lines, between) stores 16 lines of 32
+// columns and calls between(0) .. between(3) after every fourth of them: tile instructions, which
+// keep their own unit busy only when they come in small portions among the vector instructions.
 //   kExponent    the lines are w * 2^(e - kExponent)
 //   kMost        largest e
 //   bound()      bound of the scales of each row of a whole band
 //   kScales      where a full tile's scales for bound() begin, -1: not in the tiles; kScaleLines of
-//   64
-//                bytes
+//                64 bytes
 
 // Largest of the 16 f16 values at `offset` of every tile.
 inline __m512 largest_of_tiles(const Matrix& w, const uint8_t* band, int64_t offset) {
@@ -215,7 +217,8 @@ struct NibbleDecoder {
   }
   NibbleDecoder(const uint8_t* at, const uint8_t*, int nb, const RowPowers& rows)
       : tile(at), top(at + nb * 256), d(at + nb * kBlockBytes), m(d + nb * 32), powers(rows) {}
-  KT_INLINE void block(int b, uint8_t* lines) const {
+  template <class Between>
+  KT_INLINE void block(int b, uint8_t* lines, const Between& between) const {
     NibbleScale s;
     s.high = powers.scaled(d + 32 * b);
     s.low = half_mul(s.high, tiny(16));
@@ -223,9 +226,13 @@ struct NibbleDecoder {
     const __m512i bits = kBits == 5 ? V::load(top + 64 * b) : V::zero_i();
     const uint8_t* line = tile + 256 * b;
     store_nibble_line<kBits, 0>(lines, s, line, bits);
+    between(0);
     store_nibble_line<kBits, 1>(lines + 256, s, line + 64, bits);
+    between(1);
     store_nibble_line<kBits, 2>(lines + 512, s, line + 128, bits);
+    between(2);
     store_nibble_line<kBits, 3>(lines + 768, s, line + 192, bits);
+    between(3);
   }
 };
 
@@ -251,7 +258,8 @@ struct SuperDecoder {
     d = rows.scaled(at + kPlanes + 192);
     dmin = _mm512_xor_si512(rows.scaled_min(at + kPlanes + 224), words(0x8000));
   }
-  KT_INLINE void block(int b, uint8_t* lines) const {
+  template <class Between>
+  KT_INLINE void block(int b, uint8_t* lines, const Between& between) const {
     NibbleScale s;
     s.high = half_mul(half_of_words(spread_bytes(scales.value[b])), d);
     s.low = half_mul(s.high, tiny(16));
@@ -259,9 +267,13 @@ struct SuperDecoder {
     const __m512i bits = kBits == 5 ? V::load(tile + 2048 + 64 * b) : V::zero_i();
     const uint8_t* line = tile + 256 * b;
     store_nibble_line<kBits, 0>(lines, s, line, bits);
+    between(0);
     store_nibble_line<kBits, 1>(lines + 256, s, line + 64, bits);
+    between(1);
     store_nibble_line<kBits, 2>(lines + 512, s, line + 128, bits);
+    between(2);
     store_nibble_line<kBits, 3>(lines + 768, s, line + 192, bits);
+    between(3);
   }
 };
 
@@ -292,17 +304,22 @@ struct SixDecoder {
     s.add = half_mul(s.high, tiny(-16 * 32));
     return s;
   }
-  KT_INLINE void block(int b, uint8_t* lines) const {
+  template <class Between>
+  KT_INLINE void block(int b, uint8_t* lines, const Between& between) const {
     const uint8_t* line = tile + 256 * b;
     const uint8_t* top = tile + 2048 + 128 * b;
     NibbleScale s = scale(2 * b);
     __m512i bits = V::load(top);
     store_nibble_line<6, 0>(lines, s, line, bits);
+    between(0);
     store_nibble_line<6, 1>(lines + 256, s, line + 64, bits);
+    between(1);
     s = scale(2 * b + 1);
     bits = V::load(top + 64);
     store_nibble_line<6, 0>(lines + 512, s, line + 128, bits);
+    between(2);
     store_nibble_line<6, 1>(lines + 768, s, line + 192, bits);
+    between(3);
   }
 };
 
@@ -326,23 +343,29 @@ struct EightDecoder {
   }
   EightDecoder(const uint8_t* at, const uint8_t*, int nb, const RowPowers& rows)
       : tile(at), d(at + nb * 512), powers(rows) {}
-  KT_INLINE void block(int b, uint8_t* lines) const {
+  template <class Between>
+  KT_INLINE void block(int b, uint8_t* lines, const Between& between) const {
     const ByteScale s(powers.scaled(d + 32 * b));
     const __m512i flip = V::set8(-128);
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const uint8_t* line = tile + 512 * b + 128 * j;
       store_bytes(lines + 256 * j, s.scale, s.add, V::xor_(V::load(line), flip),
                   V::xor_(V::load(line + 64), flip));
+      between(j);
     }
   }
 };
 
+template <class Between>
 KT_INLINE void store_table_block(const uint8_t* line, __m512i values, const ByteScale& s,
-                                 uint8_t* lines) {
+                                 uint8_t* lines, const Between& between) {
+#pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     V::I low, high;
     split_nibbles(line + 64 * j, &low, &high);
     store_bytes(lines + 256 * j, s.scale, s.add, V::shuffle(values, low), V::shuffle(values, high));
+    between(j);
   }
 }
 
@@ -361,8 +384,9 @@ struct NonlinearDecoder {
   }
   NonlinearDecoder(const uint8_t* at, const uint8_t*, int nb, const RowPowers& rows)
       : tile(at), d(at + nb * 256), powers(rows), values(table(kIq4Values, 128)) {}
-  KT_INLINE void block(int b, uint8_t* lines) const {
-    store_table_block(tile + 256 * b, values, ByteScale(powers.scaled(d + 32 * b)), lines);
+  template <class Between>
+  KT_INLINE void block(int b, uint8_t* lines, const Between& between) const {
+    store_table_block(tile + 256 * b, values, ByteScale(powers.scaled(d + 32 * b)), lines, between);
   }
 };
 
@@ -380,13 +404,14 @@ struct NonlinearSuperDecoder {
   }
   NonlinearSuperDecoder(const uint8_t* at, const uint8_t*, int, const RowPowers& rows)
       : tile(at), d(rows.scaled(at + 2112)), values(table(kIq4Values, 128)) {}
-  KT_INLINE void block(int b, uint8_t* lines) const {
+  template <class Between>
+  KT_INLINE void block(int b, uint8_t* lines, const Between& between) const {
     const V::I low = V::srl32(V::widen_u8(tile + 2048 + b / 2 * 16), 4 * (b & 1));
     const V::I high = V::sll32(V::and_(V::srl32(V::widen_u16(tile + 2144), 2 * b), V::set32(3)), 4);
     const V::I scale = V::sub32(V::or_(V::and_(low, V::set32(15)), high), V::set32(32));
     const __m512i integer = spread_words(_mm512_cvtepi32_epi16(scale));
     store_table_block(tile + 256 * b, values, ByteScale(half_mul(half_of_signed(integer), d)),
-                      lines);
+                      lines, between);
   }
 };
 
@@ -422,10 +447,11 @@ struct MxDecoder {
     }
     values = V::repeat128(bytes);
   }
-  KT_INLINE void block(int b, uint8_t* lines) const {
+  template <class Between>
+  KT_INLINE void block(int b, uint8_t* lines, const Between& between) const {
     const __m512 scale = V::e8m0_half(V::widen_u8(exponents + 16 * b));
     const __m512 power = _mm512_scalef_ps(V::set_f(1.0f), powers.e);
     const __m512i half = spread_words(_mm512_cvtps_ph(V::mul(scale, power), 0));
-    store_table_block(tile + 256 * b, values, ByteScale(half), lines);
+    store_table_block(tile + 256 * b, values, ByteScale(half), lines, between);
   }
 };

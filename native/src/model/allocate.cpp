@@ -145,7 +145,7 @@ void Model::allocate_scratch() {
           act_row_bytes(static_cast<ActKind>(kind), static_cast<int32_t>(max_stride));
       s.acts[kind] = arena_.allocate(kPrivateRows * bytes);
     }
-    s.temp = arena_.allocate_array<float>(kLinearRows * 2 * kBandRows);
+    s.temp = arena_.allocate_array<float>(kLinearRows * kPromptBands * kBandRows);
     s.multiply = arena_.allocate(multiply_scratch_bytes(max_cols));
     s.choice = arena_.allocate_array<float>(2 * int64_t{std::max(max_experts, 1)});
     s.ids = arena_.allocate_array<int32_t>(kPrivateRows * int64_t{std::max(max_top_k, 1)});

@@ -261,12 +261,12 @@ void Executor::linear_run(const Step& s, const kt_op& op, size_t p, int32_t firs
   const int64_t stride = in.act_stride[w.act];
   WorkerScratch& mine = scratch(worker);
   const bool in_place = op.in[1] < 0 && op.w[1] < 0;
-  const bool in_pairs = run.is_prompt && w.act == kActQ8;
+  const bool in_tiles = run.is_prompt && w.act == kActQ8;
   const int32_t end = run.first + run.count;
   for (int32_t row = run.first; row < end; row += kLinearRows) {
     const int32_t m = std::min(kLinearRows, end - row);
     const uint8_t* x = acts + row * stride;
-    const int32_t step = in_pairs ? 2 : 1;
+    const int32_t step = in_tiles ? kPromptBands : 1;
     for (int32_t band = first; band < last; band += step) {
       const int32_t bands = std::min(step, last - band);
       const int32_t column = (part.first_band + band) * kBandRows;
@@ -276,9 +276,10 @@ void Executor::linear_run(const Step& s, const kt_op& op, size_t p, int32_t firs
       float* sums = direct ? to : mine.temp;
       const int64_t sums_stride = direct ? out.stride : bands * kBandRows;
       const int32_t then = band + bands;
-      const uint8_t* next = then + bands <= last ? band_at(part.matrix, 0, then) : nullptr;
-      if (in_pairs) {
-        m_.matrix_->multiply_prompt(part.matrix, 0, band, bands, x, stride, m, sums, sums_stride,
+      const uint8_t* next = then < last ? band_at(part.matrix, 0, then) : nullptr;
+      if (in_tiles) {
+        const PromptRows rows = {.acts = x, .row_stride = stride, .m = m};
+        m_.matrix_->multiply_prompt(part.matrix, 0, band, bands, rows, sums, sums_stride,
                                     mine.multiply, next);
       } else {
         m_.matrix_->multiply_band(part.matrix, 0, band, x, stride, nullptr, m, sums, sums_stride,

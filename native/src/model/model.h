@@ -71,7 +71,7 @@ struct Step {
 struct WorkerScratch {
   float* row = nullptr;  // kPrivateRows private norm rows
   uint8_t* acts[kNumActKinds] = {nullptr, nullptr};
-  float* temp = nullptr;  // kLinearRows * 2 * kBandRows sums of a linear's bands
+  float* temp = nullptr;  // kLinearRows * kPromptBands * kBandRows sums of a linear
   uint8_t* multiply = nullptr;
   float* choice = nullptr;  // router: scores and choice, 2 * E
   int32_t* ids = nullptr;   // kPrivateRows * K
