@@ -25,6 +25,7 @@ from kt_async.weights.gguf_header import TYPE_IDS
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 _COLS = 2048
+_PROMPT_OUTPUTS = 4096
 # Relative error of a product: f32 sums; activations rounded to int8 (uniform error of a 127th).
 _TOLERANCE = {True: 1e-5, False: 2e-2}
 
@@ -131,27 +132,42 @@ class Bench:
                 kind,
                 {"type": name, "pool": self._pool.describe(), **record, **asdict(self.limits)},
             )
-        header = ["kernel", "best us", "median us", "GB/s", "GMAC/s", "share", "of read", "of peak"]
+        header = ["kernel", "best us", "median us", "bound us", "by"]
+        header += ["GB/s", "GMAC/s", "share", "of read", "of peak"]
         return stats.table(header, rows)
 
     def linear(self, name: str) -> None:
-        """Products with 1 .. n rows of activations, two matrices in turn."""
-        info = type_info(TYPE_IDS[name])
-        row_bytes = info.num_bytes(_COLS)
+        """Products with 1 .. n rows of activations, several matrices in turn.
+
+        Generated rows: two large ones. Prompt rows: many of a usual size, or writing the result
+        would take the time.
+        """
+        row_bytes = type_info(TYPE_IDS[name]).num_bytes(_COLS)
         rows = (self._args.megabytes << 20) // row_bytes // 64 * 64
-        packed, data = make_matrix(self._pool, name, rows, _COLS, 2, self._rng)
+        few = [count for count in self._args.rows if count < PROMPT_ROWS]
+        many = [count for count in self._args.rows if count >= PROMPT_ROWS]
+        if few:
+            self._products(name, rows, 2, few)
+        if many:
+            self._products(
+                name, min(rows, _PROMPT_OUTPUTS), max(2, 2 * rows // _PROMPT_OUTPUTS), many
+            )
+
+    def _products(self, name: str, rows: int, turns: int, counts: list[int]) -> None:
+        num_bytes = rows * type_info(TYPE_IDS[name]).num_bytes(_COLS)
+        packed, data = make_matrix(self._pool, name, rows, _COLS, turns, self._rng)
         with packed:
-            for count in self._args.rows:
+            for count in counts:
                 x = self._rng.standard_normal((count, _COLS), np.float32)
                 is_prompt = count >= PROMPT_ROWS
                 out = packed.multiply(x, is_prompt=is_prompt)
                 check(name, packed, data, x, out)
 
                 def run(turn: int, x: F32 = x, out: F32 = out, is_prompt: bool = is_prompt) -> None:
-                    packed.multiply(x, turn % 2, out, is_prompt=is_prompt)
+                    packed.multiply(x, turn % turns, out, is_prompt=is_prompt)
 
                 times = best_time(run, self._args.repeats)
-                work = Work(rows * row_bytes, float(rows) * _COLS * count, count)
+                work = Work(num_bytes, float(rows) * _COLS * count, count)
                 self.add("kernel.linear", f"{name} linear, {count} rows", name, times, work)
 
     def layer(self, shape_name: str, up_type: str, down_type: str) -> None:

@@ -50,10 +50,11 @@ class Limits:
         read = max(self.read, other.read)
         return Limits(read, integer, bf16, f32, has_tiles=self.has_tiles)
 
-    def seconds(self, type_name: str, work: Work) -> float:
-        """The shortest possible time."""
+    def bound(self, type_name: str, work: Work) -> tuple[float, str]:
+        """The shortest possible time in seconds, and what sets it: `memory` or `products`."""
         peak = self.peak(type_name, work.count)
-        return max(work.num_bytes / self.read, work.macs / (peak or float("inf")))
+        memory, products = work.num_bytes / self.read, work.macs / (peak or float("inf"))
+        return max((memory, "memory"), (products, "products"))
 
 
 def measure_limits(pool: Pool, num_bytes: int) -> Limits:
@@ -69,8 +70,9 @@ def report(
     """One table row and one result record."""
     best = min(times)
     peak = limits.peak(name, work.count)
+    bound, bound_by = limits.bound(name, work)
     shares: dict[str, float | None] = {
-        "share": limits.seconds(name, work) / best,
+        "share": bound / best,
         "bandwidth_share": work.num_bytes / best / limits.read,
         "peak_share": work.macs / best / peak if peak else None,
     }
@@ -78,6 +80,8 @@ def report(
         label,
         stats.number(best * 1e6),
         stats.number(stats.median(times) * 1e6),
+        stats.number(bound * 1e6),
+        bound_by,
         stats.number(work.num_bytes / best / 1e9),
         stats.number(work.macs / best / 1e9),
         *(f"{100 * value:.0f} %" if value else "-" for value in shares.values()),
@@ -87,6 +91,7 @@ def report(
         "bytes": work.num_bytes,
         "macs": work.macs,
         "seconds": list(times),
+        "bound_by": bound_by,
         **shares,
     }
     return row, record

@@ -7,8 +7,10 @@
 
 Limits are measured in the same run. Outputs are checked against gguf's decoder before anything is
 timed. From 32 on, rows and tokens count as a prompt's, which AMX multiplies in bf16 tiles; fewer are
-generated tokens. "share" is the time the machine's limits allow (bytes / bandwidth or multiply-adds / peak,
-whichever is longer) over the best time; weights rotate through more memory than the caches hold.
+generated tokens. "bound" is the shortest time the machine's limits allow, bytes / bandwidth or
+multiply-adds / peak, whichever is longer ("by" says which), and "share" what it is of the best time.
+One multiply-add is two floating-point operations. Weights rotate through more memory than the
+caches hold.
 Each expert layer gives a plot of its time over 1 to 16 tokens against the time that reading the
 distinct experts takes, beside the result file.
 """
@@ -106,7 +108,11 @@ def run(args: argparse.Namespace, isa: str, output: ResultFile) -> Bench:
         table = bench.finish()
         limits = bench.limits
         peaks = {"integer": limits.integer, "bf16": limits.bf16, "f32": limits.f32}
-        text = ", ".join(f"{n} {v / 1e9:.0f} GMAC/s" for n, v in peaks.items() if v)
+        text = ", ".join(
+            f"{n} {v / 1e9:.0f} GMAC/s ({v / 5e11:.1f} T{'OP' if n == 'integer' else 'FLOP'}/s)"
+            for n, v in peaks.items()
+            if v
+        )
         print(f"limits: read {limits.read / 1e9:.1f} GB/s, {text}")
         print(table, flush=True)
     return bench
