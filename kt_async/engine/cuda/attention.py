@@ -72,20 +72,28 @@ def make_prefill_planner(heads: Heads, page_size: int) -> Planner:
     return FlashPrefill(flashinfer, heads, page_size)
 
 
-def load_kernels(planner: Planner, num_heads: int, cache: torch.Tensor) -> None:
-    """Attend once on the current stream, in the last page: the first prompt need not load kernels.
+def plan_made_up(planner: Planner, cache: torch.Tensor, tokens: int) -> Attend:
+    """For a prompt of so many tokens that are not in the cache: all its pages are the last one.
 
     cache: [pages, 2, page_size, KV heads, D].
     """
-    last, _, tokens, _, d = cache.shape
-    pages = StepPages(
-        row_start=torch.tensor([0, tokens], dtype=torch.int32),
-        page_start=torch.tensor([0, 1], dtype=torch.int32),
-        last_page_len=torch.tensor([tokens], dtype=torch.int32),
-        page_ids=torch.tensor([last - 1], dtype=torch.int32, device="cuda"),
+    page_size = cache.shape[2]
+    pages = -(-tokens // page_size)
+    return planner.plan(
+        StepPages(
+            row_start=torch.tensor([0, tokens], dtype=torch.int32),
+            page_start=torch.tensor([0, pages], dtype=torch.int32),
+            last_page_len=torch.tensor([tokens - (pages - 1) * page_size], dtype=torch.int32),
+            page_ids=torch.full((pages,), len(cache) - 1, dtype=torch.int32, device="cuda"),
+        )
     )
-    q = torch.zeros((tokens, num_heads, d), dtype=torch.bfloat16, device="cuda")
-    planner.plan(pages)(q, cache, d**-0.5)
+
+
+def load_kernels(planner: Planner, num_heads: int, cache: torch.Tensor) -> None:
+    """Attend once on the current stream: the first prompt need not load kernels."""
+    page_size, d = cache.shape[2], cache.shape[4]
+    q = torch.zeros((page_size, num_heads, d), dtype=torch.bfloat16, device="cuda")
+    plan_made_up(planner, cache, page_size)(q, cache, d**-0.5)
 
 
 def import_flashinfer() -> Any:

@@ -159,7 +159,9 @@ def load_cuda_runner(
     )
     ops = CudaOps(kernels, loader.weights, pages, limits.page_size, prefill)
     if isinstance(prefill, StreamedExperts):
-        _prepare_streaming(prefill, loader, spec, names, ops, options, overlap=bool(pinned))
+        torch.cuda.synchronize()  # pages were cleared on another stream
+        with torch.cuda.stream(ops.prompt_stream):
+            _prepare_streaming(prefill, loader, spec, names, ops, options, overlap=bool(pinned))
     runner = CudaRunner(
         ops,
         spec,

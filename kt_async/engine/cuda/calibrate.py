@@ -17,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from kt_async.engine.cuda.attention import Heads, make_prefill_planner, plan_made_up
 from kt_async.engine.cuda.copies import ExpertCopies
 from kt_async.engine.cuda.grouped import grouped_multiply
 from kt_async.engine.cuda.ops import CudaOps
@@ -226,16 +227,19 @@ def _load_variants(
 def _made_up_step(
     experts: StreamedExperts, ops: CudaOps, spec: ModelSpec, tokens: int
 ) -> Iterator[list[int]]:
-    """Inside, the ops run tokens that attend nothing; yields the numbers of the experts' layers."""
-    kept = ops.step, ops.experts_backend
-    scratch = (ops.pages.layers[0].shape[0] - 1) * ops.page_size
+    """Inside, the ops run one prompt of made-up tokens; yields the experts' layers' numbers."""
+    kept, cache = (ops.step, ops.experts_backend), ops.pages.layers[0]
+    scale = spec.head_dim**-0.5
+    heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim, scale, cache.dtype)
+    planner = make_prefill_planner(heads, ops.page_size)
+    scratch = (len(cache) - 1) * ops.page_size
     ops.step = StepTensors(
         tokens=torch.arange(tokens, dtype=torch.int32, device="cuda") % spec.vocab_size,
         positions=torch.zeros(tokens, dtype=torch.int32, device="cuda"),
         kv_slot=torch.full((tokens,), scratch, dtype=torch.int32, device="cuda"),
         logit_tokens=torch.zeros(1, dtype=torch.int64, device="cuda"),
         sampled=torch.zeros(1, dtype=torch.int32, device="cuda"),
-        attend=lambda q, _cache, _scale: q,
+        attend=plan_made_up(planner, cache, tokens),
     )
     ops.experts_backend = experts
     try:

@@ -58,7 +58,7 @@ class CudaLane:
         self._block = Block(layout)
         own_ops = replace(ops, router=Router())  # its buffers serve one stream
         self._forward = Forward(own_ops, spec, self._block, sample_vocab)
-        self._stream = torch.cuda.Stream(priority=0)
+        self._stream = ops.prompt_stream
         load_kernels(planner, spec.num_heads, ops.pages.layers[0])
         self._layers: Generator[None, None, torch.Tensor] | None = None  # what is left to queue
         self._queued: deque[torch.cuda.Event] = deque()  # one after each piece on the stream

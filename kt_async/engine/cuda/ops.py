@@ -93,6 +93,8 @@ class CudaOps:
     step: StepTensors | None = None
     few: bool = False
     router: Router = field(default_factory=Router)
+    # Of all prompts, beside decode steps or alone: torch keeps freed memory by stream.
+    prompt_stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
     _frequencies: dict[int, tuple[torch.Tensor, float]] = field(default_factory=dict)
 
     def has(self, weight: str) -> bool:

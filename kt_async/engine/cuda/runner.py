@@ -217,13 +217,13 @@ class CudaRunner:
 
     def _run_eagerly(self, plan: structs.Plan, part: Part) -> None:
         b, used = self.block, plan.used_bytes
-        with torch.cuda.stream(self._stream):
+        stream = self._stream if part.is_decode else self._ops.prompt_stream
+        stream.wait_stream(self._stream)
+        with torch.cuda.stream(stream):
             b.device[:used].copy_(b.host[:used], non_blocking=True)
-            attend = None
-            if not (part.is_decode and self._ops.decode_attention):
-                attend = self._prefill.plan(b.pages(*part.rows, on_host=False))
-            experts = self._prefill_experts
-            rows = part.tokens[1] - part.tokens[0]
+            is_own = part.is_decode and self._ops.decode_attention
+            attend = None if is_own else self._prefill.plan(b.pages(*part.rows, on_host=False))
+            experts, rows = self._prefill_experts, part.tokens[1] - part.tokens[0]
             with around_step(experts, rows, is_decode=part.is_decode):
                 step = self._forward.step(part, attend)
                 self._logits = self._forward.run(step, part, experts)
