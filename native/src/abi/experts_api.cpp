@@ -101,6 +101,9 @@ void multiply(kt_pool& pool, const ExpertWeights& weights, const float* x, const
     space.tails[i].next.store(0);
   }
   workers.for_each([&](int32_t worker) {
+    group_pairs(ids, factors, num_tokens, top_k, weights.gate->num_experts, job.is_prompt,
+                space.buffers.groupings[static_cast<size_t>(worker)]);
+    fetch_up(workers, job, space.buffers, worker);
     const int64_t chunks = (cols + kChunk - 1) / kChunk;
     const Range pieces = split(num_tokens * chunks, worker, workers.num_threads());
     for (int64_t piece = pieces.first; piece < pieces.last; ++piece) {
@@ -110,8 +113,6 @@ void multiply(kt_pool& pool, const ExpertWeights& weights, const float* x, const
       job.matrix->prepare(form_of(kind, prompt), x + t * cols + first, cols, first,
                           std::min(kChunk, cols - first), space.x + t * stride);
     }
-    group_pairs(ids, factors, num_tokens, top_k, weights.gate->num_experts, job.is_prompt,
-                space.buffers.groupings[static_cast<size_t>(worker)]);
     workers.barrier();
     run_up(workers, job, space.buffers, worker);
     workers.barrier();

@@ -218,6 +218,7 @@ void ExpertSet::compute(Run& run, int32_t worker) {
   group_pairs(run.ids, run.weights, run.job.num_tokens, top_k_, run.num_experts, run.job.is_prompt,
               buffers_.groupings[static_cast<size_t>(worker)]);
   if (worker >= first) {
+    fetch_up(workers_, run.job, buffers_, worker);
     if (flags != nullptr && flags->request != nullptr) {
       wait_for_rows(run);
     }

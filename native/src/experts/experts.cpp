@@ -62,6 +62,15 @@ int64_t total_cost(const Grouping& g, int64_t units) {
   return total;
 }
 
+// A worker's first weights behind a jump: as far as the kernels look ahead, they ask for what comes
+// after these.
+void fetch_start(const uint8_t* weights, int64_t num_bytes) {
+  constexpr int64_t kMost = 12 << 10;
+  for (int64_t at = 0; at < std::min(num_bytes, kMost); at += 64) {
+    __builtin_prefetch(weights + at, 0, 2);
+  }
+}
+
 // What phase 1 on one expert of one part needs.
 struct UpTask {
   const ExpertJob& job;
@@ -236,6 +245,9 @@ void up_units(const UpTask& task, int64_t first, int64_t last) {
   const bool in_tiles = task.gate().act == kActQ8;
   if (others > start && in_tiles) {
     up_prompt(task, first, last);
+  } else {
+    fetch_start(band_at(task.gate(), task.expert, static_cast<int32_t>(2 * first)),
+                task.gate().band_bytes);
   }
   for (int64_t unit = first; unit < last; ++unit) {
     if (others > start && !in_tiles) {
@@ -337,6 +349,10 @@ void down_prompt(const DownTask& task, int32_t i) {
 void down_experts(const DownTask& task, float* kept) {
   const Grouping& g = task.grouping();
   const int64_t stride = task.mid_stride();
+  if (task.experts.first < task.experts.last) {
+    fetch_start(task.band_after(task.first, static_cast<int32_t>(task.experts.first)),
+                (task.last - task.first) * task.matrix().band_bytes);
+  }
   for (auto i = static_cast<int32_t>(task.experts.first); i < task.experts.last; ++i) {
     const int32_t expert = g.active[i];
     const int32_t end = g.start[expert + 1];
@@ -442,6 +458,59 @@ Range job_team(const Workers& workers, const ExpertJob& job, size_t parts, size_
   return team;
 }
 
+// How phase 1 on one part is shared out, on an axis of costs.
+struct UpShare {
+  int64_t units;
+  int64_t cost;
+  int64_t chunk;  // least cost of the last pieces
+
+  // Tail pieces of about one unit of an average expert; of several where a worker that takes one
+  // first copies the expert's rows.
+  UpShare(const Grouping& g, const Matrix& gate)
+      : units((gate.num_bands + 1) / 2), cost(total_cost(g, units)) {
+    chunk = 1 + cost / std::max<int64_t>(units * g.num_active, 1) *
+                    (has_prompts(g) ? std::max<int64_t>(units / 4, 1) : 1);
+  }
+};
+
+// How phase 2 on one part is shared out, on an axis of segments of bands.
+struct DownShare {
+  bool prompts;
+  int64_t bands;
+  int64_t step;      // bands that are multiplied together
+  int64_t segments;  // of `step` bands: pieces of their experts
+  int64_t chunk;     // least segments of the last pieces
+
+  // A worker's share is a few bands of all experts, too coarse to balance with: the last ones are
+  // cut into segments of a few experts. Prompt tokens are multiplied with two bands at a time.
+  DownShare(const Grouping& g, const Matrix& down, int64_t kept_pairs)
+      : prompts(has_prompts(g)), bands(down.num_bands) {
+    const int64_t band_bytes = g.num_active * down.band_bytes;
+    const int64_t most = prompts || num_pairs(g) > kept_pairs ? 1 : 8;
+    segments = std::clamp<int64_t>(band_bytes / kPieceBytes, 1, most);
+    chunk = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(band_bytes, 1));
+    step = prompts ? 2 : 1;
+  }
+  int64_t count() const { return (bands + step - 1) / step * segments; }
+};
+
+// Asks for what this worker will begin phase 2 with, for the time until all have ended phase 1.
+void fetch_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers,
+                int32_t worker) {
+  const size_t parts = job.weights.down->parts.size();
+  const size_t p = part_of_worker(workers, parts, worker);
+  const Range team = job_team(workers, job, parts, p);
+  const Grouping& g = buffers.groupings[static_cast<size_t>(worker)];
+  const Matrix& down = job.weights.down->parts[p].matrix;
+  const DownShare share(g, down, buffers.kept_pairs);
+  const int64_t fixed = fixed_units(share.count(), share.segments, team.last - team.first);
+  const Range mine = split(fixed, worker - team.first, team.last - team.first);
+  if (worker >= team.first && !share.prompts && mine.first < mine.last && g.num_active > 0) {
+    fetch_start(band_at(down, g.active[0], static_cast<int32_t>(mine.first)),
+                (mine.last - mine.first) * down.band_bytes);
+  }
+}
+
 }  // namespace
 
 void check_expert_weights(const ExpertWeights& w, const char* op) {
@@ -523,6 +592,30 @@ void group_pairs(const int32_t* ids, const float* weights, int32_t num_tokens, i
   }
 }
 
+void fetch_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers,
+              int32_t worker) {
+  const size_t parts = job.weights.gate->parts.size();
+  const size_t p = part_of_worker(workers, parts, worker);
+  const Range team = job_team(workers, job, parts, p);
+  const Grouping& g = buffers.groupings[static_cast<size_t>(worker)];
+  const Matrix& gate = job.weights.gate->parts[p].matrix;
+  const UpShare share(g, gate);
+  const int64_t fixed = fixed_units(share.cost, 1, team.last - team.first);
+  const Range mine = split(fixed, worker - team.first, team.last - team.first);
+  if (worker < team.first || mine.first == mine.last) {
+    return;
+  }
+  bool found = false;
+  walk_costs(g, share.units, mine.first, mine.last,
+             [&](int32_t expert, int64_t unit, int64_t /*last*/, int32_t /*next*/) {
+               if (!found) {
+                 fetch_start(band_at(gate, expert, static_cast<int32_t>(2 * unit)),
+                             gate.band_bytes);
+               }
+               found = true;
+             });
+}
+
 void run_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker) {
   const size_t parts = job.weights.gate->parts.size();
   const size_t p = part_of_worker(workers, parts, worker);
@@ -531,21 +624,16 @@ void run_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers
     return;
   }
   const Grouping& g = buffers.groupings[static_cast<size_t>(worker)];
-  const int64_t units = (job.weights.gate->parts[p].matrix.num_bands + 1) / 2;
-  const int64_t cost = total_cost(g, units);
-  // Tail pieces of about one unit of an average expert; of several where a worker that takes one
-  // first copies the expert's rows.
-  const bool gathers = has_prompts(g);
-  const int64_t chunk = 1 + cost / std::max<int64_t>(units * g.num_active, 1) *
-                                (gathers ? std::max<int64_t>(units / 4, 1) : 1);
-  share_range(cost, 1, worker - team.first, team.last - team.first, chunk, job.tails[p],
+  const UpShare share(g, job.weights.gate->parts[p].matrix);
+  share_range(share.cost, 1, worker - team.first, team.last - team.first, share.chunk, job.tails[p],
               [&](int64_t lo, int64_t hi) {
-                walk_costs(g, units, lo, hi,
+                walk_costs(g, share.units, lo, hi,
                            [&](int32_t expert, int64_t first, int64_t last, int32_t next) {
                              const auto w = static_cast<size_t>(worker);
                              up_units({job, buffers, w, p, expert, next}, first, last);
                            });
               });
+  fetch_down(workers, job, buffers, worker);
 }
 
 void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers,
@@ -556,16 +644,9 @@ void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffe
   if (worker < team.first) {
     return;
   }
-  const int64_t bands = job.weights.down->parts[p].matrix.num_bands;
   const Grouping& g = buffers.groupings[static_cast<size_t>(worker)];
-  // A worker's share is a few bands of all experts, too coarse to balance with: the last ones are
-  // cut into segments of a few experts. Prompt tokens are multiplied with two bands at a time.
-  const bool prompts = has_prompts(g);
-  const int64_t band_bytes = g.num_active * job.weights.down->parts[p].matrix.band_bytes;
-  const int64_t most = prompts || num_pairs(g) > buffers.kept_pairs ? 1 : 8;
-  const int64_t segments = std::clamp<int64_t>(band_bytes / kPieceBytes, 1, most);
-  const int64_t chunk = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(band_bytes, 1));
-  const int64_t step = prompts ? 2 : 1;
+  const DownShare share(g, job.weights.down->parts[p].matrix, buffers.kept_pairs);
+  const int64_t segments = share.segments, step = share.step;
   const auto w = static_cast<size_t>(worker);
   const auto run = [&](int64_t lo, int64_t hi) {
     while (lo < hi) {
@@ -576,19 +657,19 @@ void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffe
         lo += end - begin;
         continue;
       }
-      down_bands(job, buffers, w, p, step * band, std::min(step * (hi / segments), bands));
+      down_bands(job, buffers, w, p, step * band, std::min(step * (hi / segments), share.bands));
       lo = hi / segments * segments;
     }
   };
-  const int64_t count = (bands + step - 1) / step * segments;
   const int64_t index = worker - team.first, size = team.last - team.first;
   TailCounter& tail = job.tails[job.weights.gate->parts.size() + p];
-  if (!prompts) {
-    share_range(count, segments, index, size, chunk, tail, run);
+  if (!share.prompts) {
+    share_range(share.count(), segments, index, size, share.chunk, tail, run);
     return;
   }
   // Each run of bands reads the intermediate rows of all pairs, most of them from other cores'
   // caches: one long run for every worker, then single pairs of bands for those that are done.
+  const int64_t count = share.count();
   const int64_t fixed = size == 1 ? count : count * 3 / 4 / size;
   run(index * fixed, (index + 1) * fixed);
   for (int64_t i = size * fixed + tail.next.fetch_add(1, std::memory_order_relaxed); i < count;

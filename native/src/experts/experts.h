@@ -99,6 +99,8 @@ inline const uint8_t* prompt_flags(const MatrixKernels& kernels, const uint8_t* 
 // ids, weights: [T, K]; pairs with a negative id are left out. is_prompt: [T] or nullptr.
 void group_pairs(const int32_t* ids, const float* weights, int32_t num_tokens, int32_t top_k,
                  int32_t num_experts, const uint8_t* is_prompt, Grouping& grouping);
+// Asks for the weights that this worker's run_up begins with: for the time before a barrier.
+void fetch_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker);
 void run_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker);
 void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker);
 

@@ -23,6 +23,11 @@ struct alignas(64) TailCounter {
   std::atomic<int64_t> next{0};
 };
 
+// How much of [0, count) is shared out in advance, in units.
+inline int64_t fixed_units(int64_t count, int64_t unit, int64_t team) {
+  return count < team * unit * 2 ? 0 : count / 2 / unit;
+}
+
 // Calls body(first, last) over pieces of [0, count) until all pieces of the team are taken.
 // index: this worker's place in its team of `team` workers. Pieces begin and end at multiples of
 // `unit` (or at count), but for the last sixth of the work: there they have at least `chunk`.
@@ -35,7 +40,7 @@ void share_range(int64_t count, int64_t unit, int64_t index, int64_t team, int64
     }
     return;
   }
-  const int64_t fixed = count < team * unit * 2 ? 0 : count / 2 / unit * unit;
+  const int64_t fixed = fixed_units(count, unit, team) * unit;
   const Range mine = split(fixed / unit, index, team);
   if (mine.first < mine.last) {
     body(mine.first * unit, mine.last * unit);

@@ -123,7 +123,6 @@ inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int
                                                     const uint8_t* const* x, const ActLayout& at,
                                                     Ahead ahead, V::F* total) {
   for (int b = 0; b < nb; ++b) {
-    prefetch_ahead<Format, M <= 4>(ahead, b);
     const int64_t q = 32 * (first + b);
     const int64_t meta = 4 * (first + b);
     Dots<Format, M> dots;
@@ -131,9 +130,11 @@ inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int
     if constexpr (Format::kGroup16) {
       V::F part[M];
       dots.start(x, at.off32 + 2 * meta);
+      prefetch_ahead<Format, M <= 4, 0>(ahead, b);
       w.template pair<0>(b, &lo, &hi);
       dots.template add<0>(x, q, lo);
       dots.template add<1>(x, q + 4, hi);
+      prefetch_ahead<Format, M <= 4, 1>(ahead, b);
       w.template pair<1>(b, &lo, &hi);
       dots.template add<2>(x, q + 8, lo);
       dots.template add<3>(x, q + 12, hi);
@@ -143,9 +144,11 @@ inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int
         part[i] = V::mul(V::to_float(dots.sum[i]), scale);
       }
       dots.start(x, at.off32 + 2 * meta + 4);
+      prefetch_ahead<Format, M <= 4, 2>(ahead, b);
       w.template pair<2>(b, &lo, &hi);
       dots.template add<0>(x, q + 16, lo);
       dots.template add<1>(x, q + 20, hi);
+      prefetch_ahead<Format, M <= 4, 3>(ahead, b);
       w.template pair<3>(b, &lo, &hi);
       dots.template add<2>(x, q + 24, lo);
       dots.template add<3>(x, q + 28, hi);
@@ -165,15 +168,19 @@ inline __attribute__((always_inline)) void add_tile(const Format& w, int nb, int
       }
     } else {
       dots.start(x, at.off128 + meta);
+      prefetch_ahead<Format, M <= 4, 0>(ahead, b);
       w.template pair<0>(b, &lo, &hi);
       dots.template add<0>(x, q, lo);
       dots.template add<1>(x, q + 4, hi);
+      prefetch_ahead<Format, M <= 4, 1>(ahead, b);
       w.template pair<1>(b, &lo, &hi);
       dots.template add<2>(x, q + 8, lo);
       dots.template add<3>(x, q + 12, hi);
+      prefetch_ahead<Format, M <= 4, 2>(ahead, b);
       w.template pair<2>(b, &lo, &hi);
       dots.template add<4>(x, q + 16, lo);
       dots.template add<5>(x, q + 20, hi);
+      prefetch_ahead<Format, M <= 4, 3>(ahead, b);
       w.template pair<3>(b, &lo, &hi);
       dots.template add<6>(x, q + 24, lo);
       dots.template add<7>(x, q + 28, hi);

@@ -88,14 +88,17 @@ inline void find_planes(const BandJob& job, int32_t first, int32_t count, PlaneR
 }
 
 // 16 weight lines (32 columns) from `line` on, padded with zeros behind the last column.
+constexpr int64_t kDistances[2] = {kFar, kNear};
 inline const uint8_t* weight_lines(const BandJob& job, int64_t line, Bf16Scratch* scratch) {
   const int64_t lines = (static_cast<int64_t>(job.w->cols) + 1) / 2;
   const uint8_t* b = job.band + 64 * line;
-  const int64_t later = 64 * line + (kAhead < 64 * lines ? kAhead : 64 * lines);
-  if (later + 1024 <= 64 * lines) {
-    prefetch<16>(job.band + later);
-  } else if (later >= 64 * lines && job.next != nullptr) {
-    prefetch<16>(job.next + later - 64 * lines);
+  for (const int64_t distance : kDistances) {
+    const int64_t later = 64 * line + (distance < 64 * lines ? distance : 64 * lines);
+    if (later + 1024 <= 64 * lines) {
+      prefetch<16>(job.band + later);
+    } else if (later >= 64 * lines && job.next != nullptr) {
+      prefetch<16>(job.next + later - 64 * lines);
+    }
   }
   if (line + 16 <= lines) {
     return b;
