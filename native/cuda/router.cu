@@ -130,17 +130,23 @@ __device__ __forceinline__ void choose_experts(const float* logits, const Routin
     score_experts(logits, p, shared);
   }
   __syncthreads();
-  // An expert's place is the number of better ones: no chain of top_k searches.
-  for (int e = t; e < p.experts; e += kRouterThreads) {
-    const float mine = shared.choice[e];
+  // An expert's place is the number of better ones: no chain of top_k searches. Of few experts, 2
+  // or 4 threads count for each.
+  const int parts = p.experts <= kRouterThreads / 4 ? 4 : p.experts <= kRouterThreads / 2 ? 2 : 1;
+  for (int first = 0; first < p.experts; first += kRouterThreads / parts) {
+    const int e = first + t / parts;
+    const float mine = e < p.experts ? shared.choice[e] : 0.0f;
     int place = 0;
-    for (int o = 0; o < p.experts; o += 4) {
+    for (int o = t % parts * 4; o < p.experts; o += 4 * parts) {
       const float4 c = *reinterpret_cast<const float4*>(shared.choice + o);
       place += (c.x > mine || (c.x == mine && o < e)) + (c.y > mine || (c.y == mine && o + 1 < e)) +
                (c.z > mine || (c.z == mine && o + 2 < e)) +
                (c.w > mine || (c.w == mine && o + 3 < e));
     }
-    if (place < p.top_k) {
+    for (int step = 1; step < parts; step <<= 1) {
+      place += __shfl_xor_sync(~0u, place, step);
+    }
+    if (e < p.experts && place < p.top_k) {
       shared.chosen[place] = e;
     }
   }

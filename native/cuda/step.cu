@@ -238,24 +238,38 @@ extern "C" __global__ void handoff_signal(const float* x, const int* ids, const 
   }
 }
 
+// What the blocks of one layer's wait share, in device memory; zero between launches.
+struct Waiting {
+  u32 left;   // blocks that have taken their part
+  u32 state;  // what the first block saw
+};
+
 // Waits for a layer's done flag, at most `limit` clock ticks: 1 = ready, 2 = the CPU failed, 3 = it
 // did not answer. All but 1 are left in *error; the graph always ends. The whole block. Only then
 // releases the next kernel: it and those after it would fill the GPU while the CPU computes, and a
-// prompt beside the decode step could not run.
-__device__ __forceinline__ u32 await_done(u32* done, u32* error, i64 limit) {
+// prompt beside the decode step could not run. Only the first block looks at the CPU's flag: reads
+// of one line over the bus are served one after another, each in about a microsecond.
+__device__ __forceinline__ u32 await_done(const u32* done, Waiting* shared, u32* error, i64 limit) {
   __shared__ u32 state;
   if (threadIdx.x == 0) {
     const i64 begin = clock64();
     u32 value = 0;
-    while (true) {
-      asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
-      if (value != 0) {
-        break;
+    while (value == 0) {
+      if (blockIdx.x == 0) {
+        asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
+      } else {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(value)
+                     : "l"(&shared->state)
+                     : "memory");
       }
-      if (clock64() - begin > limit) {
+      if (value == 0 && clock64() - begin > limit) {
         value = 3;
-        break;
       }
+    }
+    if (blockIdx.x == 0 && gridDim.x > 1) {
+      asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(&shared->state), "r"(value)
+                   : "memory");
     }
     if (value != 1) {
       *error = value;
@@ -267,20 +281,22 @@ __device__ __forceinline__ u32 await_done(u32* done, u32* error, i64 limit) {
   return state;
 }
 
-// The last block to leave takes the flag down.
-__device__ __forceinline__ void leave_done(u32* done, u32* left) {
+// The last block to leave takes the flags down.
+__device__ __forceinline__ void leave_done(u32* done, Waiting* shared) {
   __syncthreads();
-  if (threadIdx.x == 0 && (gridDim.x == 1 || atomicAdd(left, 1u) == gridDim.x - 1)) {
-    *left = 0;
+  if (threadIdx.x == 0 && (gridDim.x == 1 || atomicAdd(&shared->left, 1u) == gridDim.x - 1)) {
+    shared->left = 0;
+    shared->state = 0;
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(done), "r"(0u) : "memory");
   }
 }
 
 // Waits for the CPU, then out = residual + its result.
 extern "C" __global__ void handoff_wait(const float* host_out, const float* residual, int num,
-                                        u32* done, u32* left, u32* error, i64 limit, float* out) {
+                                        u32* done, Waiting* shared, u32* error, i64 limit,
+                                        float* out) {
   wait_for_previous();
-  const u32 state = await_done(done, error, limit);
+  const u32 state = await_done(done, shared, error, limit);
   const int first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
   for (int i = first; i < num / 4; i += step) {
     float4 v = reinterpret_cast<const float4*>(residual)[i];
@@ -293,14 +309,14 @@ extern "C" __global__ void handoff_wait(const float* host_out, const float* resi
     }
     reinterpret_cast<float4*>(out)[i] = v;
   }
-  leave_done(done, left);
+  leave_done(done, shared);
 }
 
 // The same, and y = out / rms(out) * norm; one block per row; dynamic shared memory: cols floats.
 extern "C" __global__ void __launch_bounds__(1024)
-    handoff_wait_norm(const float* host_out, const float* residual, int cols, u32* done, u32* left,
-                      u32* error, i64 limit, float* out, const float* norm, float eps,
-                      Prepared to) {
+    handoff_wait_norm(const float* host_out, const float* residual, int cols, u32* done,
+                      Waiting* shared, u32* error, i64 limit, float* out, const float* norm,
+                      float eps, Prepared to) {
   extern __shared__ __align__(16) float total[];
   wait_for_previous();
   const i64 row = blockIdx.x;
@@ -310,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(1024)
   for (int i = threadIdx.x; i < cols / 4; i += blockDim.x) {
     sums[i] = add[i];
   }
-  const u32 state = await_done(done, error, limit);
+  const u32 state = await_done(done, shared, error, limit);
 #pragma unroll 4
   for (int i = threadIdx.x; i < cols / 4; i += blockDim.x) {
     float4 v = sums[i];
@@ -333,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(1024)
   for (int c = threadIdx.x; c < cols; c += blockDim.x) {
     store_prepared(to, row, cols, c, total[c] * factor * norm[c]);
   }
-  leave_done(done, left);
+  leave_done(done, shared);
 }
 
 // ---- embedding and row gathering ----

@@ -20,14 +20,14 @@ from kt_async.ffi import structs
 from kt_async.ffi.cuda import KernelArgument
 from kt_async.ffi.handoff import ExpertSet, Handoff
 
-# Fastest first; 7, 10 and 30 us a layer for one row on an H200 (bench/handoff.py).
+# Fastest first; 4, 7 and 25 us a layer for one row on an H200 (bench/handoff.py).
 MECHANISMS = {
     "spin": structs.KT_HANDOFF_SPIN,
     "wait_value": structs.KT_HANDOFF_WAIT_VALUE,
     "host_call": structs.KT_HANDOFF_HOST_CALL,
 }
 LIMIT_TICKS = 20_000_000_000  # about ten seconds of clock64
-_SIGNAL_BLOCKS = 4
+_SIGNAL_BLOCKS = 16
 _BLOCK = 256
 _NORM_THREADS = 1024
 _WARP = 32
@@ -52,7 +52,8 @@ class HandoffBuffers:
     out: torch.Tensor  # f32 [rows, H]
     request: torch.Tensor  # int32 [layers, 16]
     done: torch.Tensor  # int32 [layers, 16]
-    counters: torch.Tensor  # device int32 [layers, 3]: blocks that arrived, that left, unused flag
+    # Device int32 [layers, 4]: blocks that arrived; struct Waiting of step.cu; a flag nobody reads.
+    counters: torch.Tensor
     error: torch.Tensor  # pinned int32 [1]: 2 = the CPU failed, 3 = it did not answer
 
     @staticmethod
@@ -67,7 +68,7 @@ class HandoffBuffers:
             out=pinned(rows, hidden, dtype=torch.float32),
             request=pinned(layers, 16, dtype=torch.int32),
             done=pinned(layers, 16, dtype=torch.int32),
-            counters=torch.zeros((layers, 3), dtype=torch.int32, device="cuda"),
+            counters=torch.zeros((layers, 4), dtype=torch.int32, device="cuda"),
             error=pinned(1, dtype=torch.int32),
         )
 
@@ -178,7 +179,7 @@ class Channel:
     def _request(self, layer: int) -> torch.Tensor:
         """The flag that a kernel raises. A host function is called in stream order: it needs none."""
         if self.mechanism == structs.KT_HANDOFF_HOST_CALL:
-            return self.buffers.counters[layer, 2:]
+            return self.buffers.counters[layer, 3:]
         return self.buffers.request[layer]
 
     def wait_in_graph(self, layer: int) -> None:
