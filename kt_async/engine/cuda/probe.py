@@ -1,7 +1,4 @@
-"""Which hand-off mechanism works on this machine: tried at start-up, the fastest first.
-
-Also the chain of empty layers that bench/handoff.py times.
-"""
+"""Which hand-off mechanism works on this machine: tried at start-up, the fastest first."""
 
 from __future__ import annotations
 
@@ -72,7 +69,7 @@ def _try(channel: Channel, launch: Launch) -> str | None:
 
 @dataclass(slots=True)
 class Replay:
-    """A captured chain of layers that do nothing but hand over: for the probe and the bench."""
+    """A captured chain of layers that hand over: here nothing else, in bench/handoff.py more."""
 
     channel: Channel
     x: torch.Tensor  # f32 [rows, H], input of the first layer
@@ -82,13 +79,8 @@ class Replay:
     stream: torch.cuda.Stream
 
     @staticmethod
-    def capture(
-        channel: Channel, launch: Launch, layers: int, rows: int, *, twice: bool = False
-    ) -> Replay:
-        """Each layer's input is the result of the one before, as in a model.
-
-        twice: wait twice a layer, as with a pair of host functions that submit and await.
-        """
+    def capture(channel: Channel, launch: Launch, layers: int, rows: int) -> Replay:
+        """Each layer's input is the result of the one before, as in a model."""
         hidden, top_k = channel.buffers.x.shape[1], channel.buffers.ids.shape[1]
         x = torch.zeros((rows, hidden), dtype=torch.float32, device="cuda")
         ids = torch.zeros((rows, top_k), dtype=torch.int32, device="cuda")
@@ -108,8 +100,6 @@ class Replay:
                 out = x
                 for layer in range(layers):
                     channel.ask(launch, layer, out, ids, weights)
-                    if twice:
-                        channel.wait_in_graph(layer)
                     out = channel.take(launch, layer, out)
             graph.instantiate()
         return Replay(channel, x, out, (ids, weights), graph, stream)
