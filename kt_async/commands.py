@@ -60,6 +60,9 @@ def _cpu_info(config: Config) -> int:
 
 def _plan(config: Config) -> int:
     ready = prepare(config)
+    on_gpu = ready.config.device != "cpu"
+    # At once: it asks how much is free again, which what follows changes.
+    memory = gpu_plan(ready.model, ready.config).describe() if on_gpu else ""
     host = query_host()
     with Pool(num_threads=ready.config.cpu_infer, isa=isa_number(ready.config.isa)) as pool:
         bandwidth = pool.read_bandwidth(_BANDWIDTH_BYTES)
@@ -72,8 +75,8 @@ def _plan(config: Config) -> int:
         has_amx="amx" in host.isas,
     )
     _print(plan_text(ready.model.spec, ready.model.files.tensors, ready.config, machine))
-    if gpu_bytes:
-        _print(gpu_plan(ready.model, ready.config).describe())
+    if memory:
+        _print(memory)
     ready.model.files.close()
     return 0
 

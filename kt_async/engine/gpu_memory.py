@@ -142,7 +142,7 @@ def plan_gpu_memory(
     left = budget - dense_bytes - work - experts
     if left < per_page:
         held = f", experts of {len(chosen)} layers {gib(experts)}" if chosen else ""
-        advice = f" fewer experts there ({wish.origin})," if chosen and wish.origin else ""
+        advice = f" put fewer experts there ({wish.origin})," if chosen and wish.origin else ""
         raise ConfigError(
             f"the GPU has {gib(budget)} to use, but dense weights take {gib(dense_bytes)}{held} and "
             f"work memory {gib(work)}; free some,{advice} raise --gpu_memory_utilization, or use "

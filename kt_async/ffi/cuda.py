@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kt_async.errors import EngineError
+
+log = logging.getLogger(__name__)
 
 # A ctypes number, pointer or structure: typeshed has no public name for their common base.
 KernelArgument = Any
@@ -73,6 +76,8 @@ def compile_kernels(source: str, architecture: str, cache: Path | None) -> bytes
     )
     if cached is not None and cached.is_file():
         return cached.read_bytes()
+    if cached is not None:
+        log.info("compiling the CUDA kernels for %s: once, then they lie in %s", architecture, cache)
     cubin = _compile(nvrtc, source, architecture)
     if cached is not None:
         _store(cached, cubin)
