@@ -36,10 +36,10 @@ class Pace:
 
     def layers(self, left: int) -> int:
         """How many to queue now, at least one where there is room: prompts keep moving."""
-        room = max(0, self.depth - left)
+        most = 1  # until both times are known
         if self.step_s > 0 and self.layer_s > 0:
-            room = min(room, max(1, int(_SHARE * self.step_s / self.layer_s)))
-        return room
+            most = max(1, int(_SHARE * self.step_s / self.layer_s))
+        return min(most, max(0, self.depth - left))
 
 
 def _mean(old: float, new: float) -> float:

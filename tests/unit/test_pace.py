@@ -52,3 +52,12 @@ def test_a_slow_lane_holds_few_layers() -> None:
         pace.observe_step(0.012, 5)
     assert pace.depth == 2
     assert pace.layers(2) == 0
+
+
+def test_the_first_step_beside_it_gets_one_layer() -> None:
+    pace = Pace()
+    assert pace.layers(0) == 1
+    pace.observe_queueing(0.001)
+    assert pace.layers(0) == 1
+    pace.observe_step(0.012, 0)
+    assert pace.layers(0) == 2

@@ -105,7 +105,8 @@ class ExpertCopies:
             self.stream.wait_event(free)
         if len(experts):
             base = self._buffers[layer % 2].data_ptr()
-            lists = [_copies(part, base, experts) for part in self._parts[layer]]
+            runs = _runs(experts)
+            lists = [_copies(part, base, experts, runs) for part in self._parts[layer]]
             copy_to_device(self.stream.cuda_stream, np.ascontiguousarray(np.concatenate(lists)))
         copied = torch.cuda.Event()
         copied.record(self.stream)
@@ -161,11 +162,24 @@ def _parts(
     return found
 
 
-def _copies(part: _Part, base: int, experts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _runs(experts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """First and number of each run of neighbours in a list that ascends."""
+    begins = np.flatnonzero(experts[1:] != experts[:-1] + 1) + 1
+    bounds = np.concatenate(([0], begins, [len(experts)]))
+    return experts[bounds[:-1]], bounds[1:] - bounds[:-1]
+
+
+def _copies(
+    part: _Part,
+    base: int,
+    experts: npt.NDArray[np.int64],
+    runs: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
+) -> npt.NDArray[np.int64]:
     """Rows of struct kt_copy; neighbours become one copy where nothing lies between them."""
-    first, count = experts, np.ones(len(experts), np.int64)
-    if part.num_bytes == part.stride:
-        starts = np.flatnonzero(np.diff(experts, prepend=-2) != 1)
-        first, count = experts[starts], np.diff(starts, append=len(experts))
-    to = base + part.target + first * part.stride
-    return np.stack([to, part.source + first * part.num_bytes, count * part.num_bytes], axis=1)
+    is_dense = part.num_bytes == part.stride
+    first, count = runs if is_dense else (experts, np.ones(len(experts), np.int64))
+    made = np.empty((len(first), 3), np.int64)
+    made[:, 0] = base + part.target + first * part.stride
+    made[:, 1] = part.source + first * part.num_bytes
+    made[:, 2] = count * part.num_bytes
+    return made

@@ -31,6 +31,7 @@ from kt_async.engine.cuda.values import (
     Weight,
     acts_arg,
     address,
+    current_stream,
     prepared_arg,
 )
 from kt_async.ffi.cuda import KernelArgument, Kernels
@@ -447,8 +448,7 @@ class CudaOps:
         arguments: Sequence[KernelArgument],
         shared_bytes: int = 0,
     ) -> None:
-        stream = torch.cuda.current_stream().cuda_stream
-        self.kernels.launch(name, grid, block, stream, arguments, shared_bytes)
+        self.kernels.launch(name, grid, block, current_stream(), arguments, shared_bytes)
 
     def launch(
         self,
