@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -46,12 +46,16 @@ SHAPES = {"qwen3": Shape(2048, 768, 128, 8), "deepseek3": Shape(7168, 2048, 64, 
 
 @dataclass
 class Curve:
-    """One expert layer over numbers of tokens: seconds of every run, bytes that a run reads."""
+    """One expert layer over numbers of tokens.
+
+    seconds: of every run; bytes: that a run reads; reads: bytes a second the machine read around it.
+    """
 
     title: str
     tokens: list[int] = field(default_factory=list)
     seconds: list[list[float]] = field(default_factory=list)
     bytes: list[float] = field(default_factory=list)
+    reads: list[float] = field(default_factory=list)
 
 
 def best_time(
@@ -110,27 +114,37 @@ class Bench:
         self._pool = pool
         self._rng = np.random.default_rng(args.seed)
         self._file = output
-        self._measured: list[tuple[str, str, str, list[float], Work]] = []
+        self._measured: list[tuple[str, str, str, list[float], Work, float]] = []
         self.limits = measure_limits(pool, args.megabytes << 20)
+        self._read = self.limits.read
         self.curves: list[Curve] = []
 
-    def add(self, kind: str, label: str, name: str, times: list[float], work: Work) -> None:
-        """Keep one measurement."""
-        self._measured.append((kind, label, name, times, work))
+    def add(
+        self, kind: str, label: str, name: str, times: list[float], work: Work, read: float = 0
+    ) -> float:
+        """Keep one measurement, with the read bandwidth around it, which is returned.
+
+        On a shared machine it changes within a run: the best one reached just before, just after
+        and by `read`, measured in between, counts.
+        """
+        before, self._read = self._read, self._pool.read_bandwidth(self._args.megabytes << 20, 2)
+        nearby = max(read, before, self._read)
+        self._measured.append((kind, label, name, times, work, nearby))
+        return nearby
 
     def finish(self) -> str:
         """The table of all measurements, which go to the result file.
 
-        The limits are measured once more: what the machine reached at the better moment counts.
+        The peaks are measured once more: what the machine reached at the better moment counts.
         """
         self.limits = self.limits.best_of(measure_limits(self._pool, self._args.megabytes << 20))
         rows = []
-        for kind, label, name, times, work in self._measured:
-            row, record = report(label, name, times, self.limits, work)
+        for kind, label, name, times, work, read in self._measured:
+            limits = replace(self.limits, read=read)
+            row, record = report(label, name, times, limits, work)
             rows.append(row)
             self._file.append(
-                kind,
-                {"type": name, "pool": self._pool.describe(), **record, **asdict(self.limits)},
+                kind, {"type": name, "pool": self._pool.describe(), **record, **asdict(limits)}
             )
         header = ["kernel", "best us", "median us", "bound us", "by"]
         header += ["GB/s", "GMAC/s", "share", "of read", "of peak"]
@@ -184,10 +198,10 @@ class Bench:
             flush = stack.enter_context(self._make_flush())
             for tokens in self._args.tokens:
                 draws, distinct = self._routes(tokens, s)
-                times = self._layer_times(matrices, small, flush, s, draws)
+                times, read = self._layer_times(matrices, small, flush, s, draws)
                 work = Work(each * distinct, 3.0 * s.hidden * s.width * s.top_k * tokens, tokens)
                 label = f"{curve.title}, {tokens} tokens"
-                self.add("kernel.layer", label, up_type, times, work)
+                curve.reads.append(self.add("kernel.layer", label, up_type, times, work, read))
                 curve.tokens.append(tokens)
                 curve.seconds.append(times)
                 curve.bytes.append(work.num_bytes)
@@ -211,12 +225,13 @@ class Bench:
         flush: Matrix,
         shape: Shape,
         draws: list[I32],
-    ) -> list[float]:
-        """Seconds of runs; before each, more is read than the caches hold, then a small layer runs.
+    ) -> tuple[list[float], float]:
+        """Seconds of the runs, and the best read bandwidth in between.
 
-        A model has gigabytes of other layers between two uses of an expert; without the flush a
-        fifth of a layer was still in a socket's L3. But the layer before has just run the same code
-        in the same buffers: without the small one, a layer of 120 us took 30 more to find its code.
+        Before each run more is read than the caches hold, then a small layer runs: a model has
+        gigabytes of other layers between two uses of an expert; without the flush a fifth of a
+        layer was still in a socket's L3. But the layer before has just run the same code in the
+        same buffers: without the small one, a layer of 120 us took 30 more to find its code.
         """
         tokens = len(draws[0])
         weights = np.full((tokens, shape.top_k), 1 / shape.top_k, np.float32)
@@ -232,11 +247,17 @@ class Bench:
         ones = np.ones((1, flush.cols), np.float32)
         unused = np.empty((1, flush.rows), np.float32)
 
+        read = 0.0
+
         def before() -> None:
+            nonlocal read
+            begin = time.perf_counter()
             flush.multiply(ones, out=unused)
+            read = max(read, flush.num_bytes / (time.perf_counter() - begin))
             warm()
 
-        return best_time(lambda turn: calls[turn % len(calls)](), self._args.repeats, before)
+        times = best_time(lambda turn: calls[turn % len(calls)](), self._args.repeats, before)
+        return times, read
 
     def _routes(self, tokens: int, shape: Shape) -> tuple[list[I32], int]:
         """Some draws that choose the same number of distinct experts, and that number.

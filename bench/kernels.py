@@ -5,7 +5,7 @@
     python bench/kernels.py --types Q4_K --rows 1,8,64,512 --isa all      # a table for each
     python bench/kernels.py --types none --layers deepseek3:Q4_K:Q6_K --tokens 1,4,8
 
-Limits are measured in the same run. Outputs are checked against gguf's decoder before anything is
+Limits are measured in the same run, the bandwidth around each line. Outputs are checked against gguf's decoder before anything is
 timed. From 32 on, rows and tokens count as a prompt's, which AMX multiplies in bf16 tiles; fewer are
 generated tokens. "bound" is the shortest time the machine's limits allow, bytes / bandwidth or
 multiply-adds / peak, whichever is longer ("by" says which), and "share" what it is of the best time.
@@ -128,10 +128,10 @@ def draw(bench: Bench, output: ResultFile, suffix: str) -> None:
         path = output.path.with_name(f"{name}.png")
         plots.draw_layer(
             path,
-            f"{curve.title}, {query_host().cpu_name}, {bench.limits.read / 1e9:.0f} GB/s",
+            f"{curve.title}, {query_host().cpu_name}, {max(curve.reads) / 1e9:.0f} GB/s",
             [curve.tokens[i] for i in points],
             [curve.seconds[i] for i in points],
-            [curve.bytes[i] / bench.limits.read for i in points],
+            [curve.bytes[i] / curve.reads[i] for i in points],
         )
         print(f"plot: {path}")
 
