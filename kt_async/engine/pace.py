@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Queueing layers may lengthen a decode step by this share of it.
-_SHARE = 0.2
+# Queueing layers may lengthen a decode step by this share of it. More layers also take more of the
+# memory's bandwidth from the CPU: with 0.2 prompts run up to 30% faster, and the 99th percentile of
+# the time between tokens of four clients is 1.6 to 1.7 times the quiet median instead of 1.4.
+_SHARE = 0.15
 _MOST = 24
 _FORGET = 0.8
 _SPARE = 1  # layers that may be left when a decode step ends; fewer: the GPU may have had none

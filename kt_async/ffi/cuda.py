@@ -77,7 +77,9 @@ def compile_kernels(source: str, architecture: str, cache: Path | None) -> bytes
     if cached is not None and cached.is_file():
         return cached.read_bytes()
     if cached is not None:
-        log.info("compiling the CUDA kernels for %s: once, then they lie in %s", architecture, cache)
+        log.info(
+            "compiling the CUDA kernels for %s: once, then they lie in %s", architecture, cache
+        )
     cubin = _compile(nvrtc, source, architecture)
     if cached is not None:
         _store(cached, cubin)

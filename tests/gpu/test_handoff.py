@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,16 @@ if not torch.cuda.is_available():
 
 from gguf import GGMLQuantizationType, quants  # noqa: E402
 
+from kt_async.engine.cuda import cpu_part, stream  # noqa: E402
 from kt_async.engine.cuda import probe as cuda_probe  # noqa: E402
-from kt_async.engine.cuda import stream  # noqa: E402
 from kt_async.engine.cuda.build import (  # noqa: E402
     CudaOptions,
     load_cuda_runner,
 )
+from kt_async.engine.cuda.copies import HostBuffers  # noqa: E402
 from kt_async.engine.cuda.handoff import MECHANISMS, Channel  # noqa: E402
 from kt_async.engine.cuda.kernels import kernels_for, launcher  # noqa: E402
+from kt_async.engine.cuda.ops import CudaOps  # noqa: E402
 from kt_async.engine.cuda.probe import Replay, choose_mechanism, probe  # noqa: E402
 from kt_async.engine.cuda.runner import CudaLimits  # noqa: E402
 from kt_async.errors import EngineError, NativeError  # noqa: E402
@@ -237,3 +240,57 @@ def test_a_launch_that_waits_for_an_idle_gpu_ends(
         made.close()
     assert len(waits) >= SPEC.num_layers
     assert max(waits) < 5
+
+
+FAILED = structs.KT_EXPERT_JOB_FAILED
+
+
+@pytest.mark.parametrize(
+    ("done", "message"),
+    [(1, None), (1 | FAILED, "failed in a prompt step"), (0, "lower --chunk_size"), (9, "lower")],
+)
+def test_what_the_waiting_kernel_finds(
+    launch: Any, done: int, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_part, "_LIMIT_TICKS", 2_000_000)
+    host = HostBuffers.allocate(4, 64, 2, 4)
+    part = cpu_part.CpuPart(None, host)  # type: ignore[arg-type]
+    ops: Any = SimpleNamespace(launch=lambda name, grid, args, block: launch(name, grid, args))
+    x = torch.ones((4, 64), device="cuda")
+    ids = torch.full((4, 2), 3, dtype=torch.int32, device="cuda")
+    part.fetch(ops, x, ids, torch.ones((4, 2), device="cuda"))
+    host.flags.numpy().view(np.uint32)[1, 0] = done
+    part.wait_in_stream(ops)
+    torch.cuda.synchronize()
+    assert host.flags[0, 0] == 1  # number of the first layer: it was asked
+    assert host.x.eq(1).all()
+    assert host.ids.eq(3).all()
+    if message is None:
+        part.check()
+        return
+    with pytest.raises(EngineError, match=message):
+        part.check()
+    part.check()
+
+
+def test_rows_that_never_come_end_the_step(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = engine(checkpoint, prompt_experts="cpu")
+    real = CudaOps.launch
+
+    def silent(self: CudaOps, name: str, *args: Any) -> None:
+        if name != "raise_flag":
+            real(self, name, *args)
+
+    monkeypatch.setattr(CudaOps, "launch", silent)
+    monkeypatch.setattr(cpu_part, "_ROWS_TIMEOUT_NS", 50_000_000)
+    begin = time.monotonic()
+    try:
+        with pytest.raises(NativeError, match="rows of layer 0 within 50 ms") as caught:
+            made.generate(PROMPTS[:1], 2)
+        assert caught.value.status == structs.KT_ERR_INTERNAL
+        torch.cuda.synchronize()  # the kernel that waited has ended as well
+    finally:
+        made.close()
+    assert time.monotonic() - begin < 10

@@ -66,10 +66,12 @@ async def tokens_of(service: EngineService, length: int) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("experts", ["0", str(2 * LAYER_GB), "all"])
-def test_the_plan_holds(tmp_path: Path, experts: str) -> None:
+@pytest.mark.parametrize(
+    ("experts", "chunk"), [("0", 2048), ("0", 8192), (str(2 * LAYER_GB), 2048), ("all", 8192)]
+)
+def test_the_plan_holds(tmp_path: Path, experts: str, chunk: int) -> None:
     """What a long prompt and decoding take in VRAM stays within what was announced."""
-    ready = prepared(tmp_path, "--gpu_expert_mem", experts, "--chunk_size", "2048")
+    ready = prepared(tmp_path, "--gpu_expert_mem", experts, "--chunk_size", str(chunk))
     planned = gpu_plan(ready.model, ready.config).total_needed
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -78,7 +80,7 @@ def test_the_plan_holds(tmp_path: Path, experts: str) -> None:
     async def run() -> None:
         service = start(ready)
         for _ in range(2):
-            assert len(await tokens_of(service, 4000)) == 8
+            assert len(await tokens_of(service, 8000)) == 8
         await asyncio.to_thread(service.close)
 
     asyncio.run(run())

@@ -30,18 +30,18 @@ def simulate(step_s: float, layer_s: float, queue_s: float, steps: int = 60) -> 
 
 @pytest.mark.parametrize(
     ("step_s", "layer_s", "queue_s"),
-    [(0.012, 0.007, 0.001), (0.070, 0.007, 0.001), (0.015, 0.010, 0.0005), (0.012, 0.004, 0.0005)],
+    [(0.012, 0.007, 0.0008), (0.070, 0.007, 0.001), (0.015, 0.010, 0.0005), (0.012, 0.004, 0.0005)],
 )
 def test_the_lane_is_kept_busy(step_s: float, layer_s: float, queue_s: float) -> None:
     rate, share = simulate(step_s, layer_s, queue_s)
     assert rate > 0.9
-    assert share <= 0.21
+    assert share <= 0.16
 
 
 def test_slow_queueing_costs_the_lane_and_not_the_decode_rows() -> None:
     rate, share = simulate(step_s=0.012, layer_s=0.001, queue_s=0.001)
-    assert 0.1 < rate < 0.3
-    assert share <= 0.2
+    assert 0.07 < rate < 0.3
+    assert share <= 0.15
     _, share = simulate(step_s=0.003, layer_s=0.003, queue_s=0.001)
     assert share == pytest.approx(1 / 3, abs=0.05)  # one layer at a time, however short the step
 

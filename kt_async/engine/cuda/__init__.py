@@ -8,5 +8,5 @@ gemv, grouped, kernels    products with packed weights; how kernels are compiled
 attention, decode, kv     attention of prompts, of decode steps, and their pages
 router, experts           choice of experts, experts in VRAM
 handoff, probe, overlap   experts that the CPU computes inside a graph
-stream, copies, calibrate experts of long prompts, shared between GPU and CPU
+stream, copies, cpu_part  experts of prompts, shared between GPU and CPU, by rates from calibrate
 """
