@@ -59,5 +59,5 @@ def test_the_first_step_beside_it_gets_one_layer() -> None:
     assert pace.layers(0) == 1
     pace.observe_queueing(0.001)
     assert pace.layers(0) == 1
-    pace.observe_step(0.012, 0)
+    pace.observe_step(0.014, 0)
     assert pace.layers(0) == 2
