@@ -12,7 +12,7 @@ SOURCES = $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -
 PY = PYTHONPATH=. $(BIN)/python
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-dev serve test test-all test-gpu native bench bench-gpu bench-kernels lint format types size \
-  san fuzz wheel clean check-tools
+  san san-gpu fuzz wheel clean check-tools
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -103,6 +103,9 @@ size: ## lines per folder
 
 san: setup-dev ## native code under sanitizers, every part (ARGS="python", "drivers", "arm64" or files)
 	@PYTHON=$(abspath $(BIN))/python CXX="$(CXX)" tests/native/sanitize.sh $(ARGS)
+
+san-gpu: setup-dev native ## CUDA kernels under compute-sanitizer (ARGS="memcheck router" for a part)
+	@PYTHON=$(abspath $(BIN))/python tests/gpu/sanitize.sh $(ARGS)
 
 fuzz: setup-dev native ## random GGUF files, HTTP bodies and schedules, for longer than `make test`
 	@$(PY) -m pytest tests/fuzz --timeout 0 --hypothesis-profile=long $(ARGS)

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 
 from gguf import GGMLQuantizationType, quants  # noqa: E402
 
+from bench.handoff import Layers  # noqa: E402
 from kt_async.engine.cuda import cpu_part, stream  # noqa: E402
 from kt_async.engine.cuda import probe as cuda_probe  # noqa: E402
 from kt_async.engine.cuda.build import (  # noqa: E402
@@ -32,6 +33,7 @@ from kt_async.engine.cuda.kernels import kernels_for, launcher  # noqa: E402
 from kt_async.engine.cuda.ops import CudaOps  # noqa: E402
 from kt_async.engine.cuda.probe import Replay, choose_mechanism, probe  # noqa: E402
 from kt_async.engine.cuda.runner import CudaLimits  # noqa: E402
+from kt_async.engine.cuda.values import Rows  # noqa: E402
 from kt_async.errors import EngineError, NativeError  # noqa: E402
 from kt_async.ffi import structs  # noqa: E402
 from kt_async.ffi.cuda import Kernels  # noqa: E402
@@ -165,6 +167,52 @@ def test_experts_that_fail_end_the_step(launch: Any, mechanism: str) -> None:
             replay.run(1_000_000_000)
         with pytest.raises(EngineError, match=r"failed in a decode step \(state 2\)"):
             channel.check()
+        channel.native.close()
+        experts.close()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_rows_and_answers_arrive_whole(rows: int) -> None:
+    """Many replays of a graph, in which a row that came late would be another layer's."""
+    layers = Layers(kernels_for({8}, None), 6, rows, 2048, 8, 2)
+    rng, blocks = np.random.default_rng(1), []
+
+    def tensor(*shape: int) -> structs.Tensor:
+        values = (0.05 * rng.standard_normal(shape)).astype(np.float32)
+        blocks.append(quants.quantize(values, GGMLQuantizationType.Q8_0))
+        return structs.tensor_at(8, shape, blocks[-1].nbytes, blocks[-1].ctypes.data)
+
+    with Pool(num_threads=4) as pool:
+        experts = ExpertSet(pool, max_tokens=rows, top_k=2)
+        for _ in range(layers.num_layers):
+            experts.add_layer(tensor(8, 32, 2048), tensor(8, 32, 2048), tensor(8, 2048, 32))
+        experts.finish()
+        asked = 0
+
+        def step_by_step(ops: Any, x: Rows, residual: Any, ids: Any, weights: Any, _: Any) -> Rows:
+            nonlocal asked
+            out = np.zeros((rows, 2048), np.float32)
+            given = [t.cpu().numpy() for t in (x.f32, ids, weights)]
+            experts.run(asked % layers.num_layers, *given, out)
+            asked += 1
+            return Rows(residual + torch.from_numpy(out).cuda(), 2048)
+
+        channel = Channel.open("spin", experts, (layers.num_layers, rows, 2048, 2))
+        x = torch.zeros((rows, 2048), device="cuda")
+        replay = layers.capture(channel, x, lambda _: None)
+        inputs = [
+            torch.randn((rows, 2048), generator=torch.Generator().manual_seed(i)).cuda()
+            for i in range(3)
+        ]
+        ops = layers.ops()
+        ops.experts_backend = step_by_step
+        expected = [layers.forward(ops, given, lambda _: None).f32 for given in inputs]
+        for i in range(100):
+            x.copy_(inputs[i % 3])
+            torch.cuda.synchronize()  # the replay has a stream of its own
+            replay.run(10_000_000_000)
+            assert torch.equal(replay.out, expected[i % 3])
+        channel.check()
         channel.native.close()
         experts.close()
 
