@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, quants
 
 from bench import stats
-from bench.kernel_limits import FLOATS, PROMPT_ROWS, Work, measure_limits, report
+from bench.kernel_limits import FLOATS, PROMPT_ROWS, Work, measure_limits, measure_read, report
 from bench.record import ResultFile
 from kt_async.errors import KtError
 from kt_async.ffi.experts import bind_experts
@@ -119,16 +119,14 @@ class Bench:
         self._read = self.limits.read
         self.curves: list[Curve] = []
 
-    def add(
-        self, kind: str, label: str, name: str, times: list[float], work: Work, read: float = 0
-    ) -> float:
+    def add(self, kind: str, label: str, name: str, times: list[float], work: Work) -> float:
         """Keep one measurement, with the read bandwidth around it, which is returned.
 
-        On a shared machine it changes within a run: the best one reached just before, just after
-        and by `read`, measured in between, counts.
+        On a shared machine it changes within a run: the better one of just before and just after
+        counts.
         """
-        before, self._read = self._read, self._pool.read_bandwidth(self._args.megabytes << 20, 2)
-        nearby = max(read, before, self._read)
+        before, self._read = self._read, measure_read(self._pool, self._args.megabytes << 20)
+        nearby = max(before, self._read)
         self._measured.append((kind, label, name, times, work, nearby))
         return nearby
 
@@ -198,10 +196,10 @@ class Bench:
             flush = stack.enter_context(self._make_flush())
             for tokens in self._args.tokens:
                 draws, distinct = self._routes(tokens, s)
-                times, read = self._layer_times(matrices, small, flush, s, draws)
+                times = self._layer_times(matrices, small, flush, s, draws)
                 work = Work(each * distinct, 3.0 * s.hidden * s.width * s.top_k * tokens, tokens)
                 label = f"{curve.title}, {tokens} tokens"
-                curve.reads.append(self.add("kernel.layer", label, up_type, times, work, read))
+                curve.reads.append(self.add("kernel.layer", label, up_type, times, work))
                 curve.tokens.append(tokens)
                 curve.seconds.append(times)
                 curve.bytes.append(work.num_bytes)
@@ -225,8 +223,8 @@ class Bench:
         flush: Matrix,
         shape: Shape,
         draws: list[I32],
-    ) -> tuple[list[float], float]:
-        """Seconds of the runs, and the best read bandwidth in between.
+    ) -> list[float]:
+        """Seconds of the runs.
 
         Before each run more is read than the caches hold, then a small layer runs: a model has
         gigabytes of other layers between two uses of an expert; without the flush a fifth of a
@@ -247,17 +245,11 @@ class Bench:
         ones = np.ones((1, flush.cols), np.float32)
         unused = np.empty((1, flush.rows), np.float32)
 
-        read = 0.0
-
         def before() -> None:
-            nonlocal read
-            begin = time.perf_counter()
             flush.multiply(ones, out=unused)
-            read = max(read, flush.num_bytes / (time.perf_counter() - begin))
             warm()
 
-        times = best_time(lambda turn: calls[turn % len(calls)](), self._args.repeats, before)
-        return times, read
+        return best_time(lambda turn: calls[turn % len(calls)](), self._args.repeats, before)
 
     def _routes(self, tokens: int, shape: Shape) -> tuple[list[I32], int]:
         """Some draws that choose the same number of distinct experts, and that number.

@@ -57,10 +57,18 @@ class Limits:
         return max((memory, "memory"), (products, "products"))
 
 
+def measure_read(pool: Pool, num_bytes: int) -> float:
+    """Read bandwidth of this pool, over twice num_bytes: four times a large L3 cache.
+
+    A Xeon that reads 210 GB/s read 600 MB again and again at up to 316: its L3 has 300.
+    """
+    return pool.read_bandwidth(2 * num_bytes, 4)
+
+
 def measure_limits(pool: Pool, num_bytes: int) -> Limits:
     """Read bandwidth and peaks of this pool."""
     integer, bf16, f32 = (peak_rate(pool, kind) for kind in range(3))
-    read = pool.read_bandwidth(num_bytes, 8)
+    read = measure_read(pool, num_bytes)
     return Limits(read, integer, bf16, f32, has_tiles="amx" in pool.describe())
 
 
