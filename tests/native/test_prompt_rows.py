@@ -5,6 +5,7 @@ On CPUs with AMX prompt tokens are multiplied in bf16 tiles, elsewhere like all 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -56,6 +57,37 @@ def test_product_of_prompt_rows(kind: T, pool: Pool) -> None:
         for count in (1, 2, 16, 17, 32, 33, 48, 49, 97, 257):
             got = packed.multiply(x[-count:], is_prompt=True)
             np.testing.assert_array_equal(got, whole[-count:])
+
+
+@pytest.mark.parametrize("threads", [1, 3, 9])
+@pytest.mark.parametrize("isa", ISAS[-1:])
+def test_many_experts_are_shared_by_teams(isa: str, threads: int) -> None:
+    """Workers take experts as they come; a token has the bits that it has alone, time and again."""
+    hidden, inner, experts, top_k, tokens = 640, 256, 40, 4, 150
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((tokens, hidden), np.float32)
+    ids = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k].astype(np.int32)
+    ids[ids % 2 == 1] %= 3  # few experts with many rows, of which one token may take one twice
+    ids[:, -1] = rng.integers(0, experts, tokens)
+    factors = rng.random((tokens, top_k), np.float32)
+    is_prompt = (rng.random(tokens) < 0.8).astype(np.uint8)
+    shapes = [(T.Q4_0, inner, hidden), (T.Q4_0, inner, hidden), (T.Q6_K, hidden, inner)]
+    with Pool(threads, isa=isa_number(isa), pin=False) as pool, contextlib.ExitStack() as stack:
+        matrices = tuple(
+            stack.enter_context(
+                Matrix(pool, int(kind), random_tensor(kind, experts * r, c, seed=i), r, c, experts)
+            )
+            for i, (kind, r, c) in enumerate(shapes)
+        )
+        whole = experts_multiply(matrices, x, ids, factors, is_prompt=is_prompt)
+        again = experts_multiply(matrices, x, ids, factors, is_prompt=is_prompt)
+        np.testing.assert_array_equal(again, whole)
+        for t in range(0, tokens, 13):
+            row = slice(t, t + 1)
+            alone = experts_multiply(
+                matrices, x[row], ids[row], factors[row], is_prompt=is_prompt[row]
+            )
+            np.testing.assert_array_equal(alone[0], whole[t])
 
 
 @pytest.mark.parametrize(
@@ -152,4 +184,32 @@ def test_program_with_both_kinds_of_tokens(pool: Pool) -> None:
         bits[token, is_prompt] = p.read(out, 1)[0]
     both = [np.array_equal(bits[t, True], bits[t, False]) for t in range(4, 9)]
     assert all(both) != has_tiles(pool)
+    p.close()
+
+
+def test_linears_of_more_rows_than_a_block(pool: Pool) -> None:
+    """Two linears of one group over runs of 1, 2 and 3 blocks of 256 rows: each token as alone."""
+    rng = np.random.default_rng(11)
+    p = Program(pool, vocab=VOCAB, max_tokens=1024, num_pages=128)
+    x = p.embed(rng.standard_normal((VOCAB, H)).astype(np.float32))
+    wide, narrow = (p.model.add_buffer(n, False) for n in (264, H))
+    for out, width in ((wide, 264), (narrow, H)):
+        weights = [p.weight(q4_tensor(width))]
+        p.model.add_op(structs.KT_OP_LINEAR, inputs=[x, -1], outputs=[out], weights=weights)
+    p.finish(narrow, H, rng.standard_normal((VOCAB, H)).astype(np.float32))
+    lengths, prompts = [300, 600, 3], [300, 20, 3]  # the second one: 20 and 580
+    ids = rng.integers(0, VOCAB, sum(lengths)).tolist()
+    ends = np.cumsum(lengths).tolist()
+    rows = [ids[end - n : end] for end, n in zip(ends, lengths, strict=True)]
+    step = [(Row(list(range(40 * i, 40 * i + 40))), row) for i, row in enumerate(rows)]
+    p.run(Step(step, sample_rows(0), num_prompt=prompts))
+    together = [p.read(buffer, len(ids)).copy() for buffer in (wide, narrow)]
+    kinds = [i < n for row, n in zip(rows, prompts, strict=True) for i in range(len(row))]
+    alone: dict[tuple[int, bool], list[F32]] = {}
+    for at, (token, is_prompt) in enumerate(zip(ids, kinds, strict=True)):
+        if (token, is_prompt) not in alone:
+            p.run(Step([(Row([127]), [token])], sample_rows(0), num_prompt=[int(is_prompt)]))
+            alone[token, is_prompt] = [p.read(buffer, 1)[0].copy() for buffer in (wide, narrow)]
+        for got, expected in zip(together, alone[token, is_prompt], strict=True):
+            np.testing.assert_array_equal(got[at], expected)
     p.close()

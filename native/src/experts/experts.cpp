@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <string>
+#include <thread>
 
-#include "base/error.h"
 
 namespace kt {
 namespace {
@@ -379,10 +378,10 @@ void down_experts(const DownTask& task, float* kept) {
 }
 
 // What the sums of the task's columns begin with: the residual, or 0.
-void begin_sums(const DownTask& task) {
+void begin_sums(const DownTask& task, Range tokens) {
   const ExpertJob& job = task.job;
   const auto bytes = static_cast<size_t>(task.columns()) * 4;
-  for (int32_t t = 0; t < job.num_tokens; ++t) {
+  for (int64_t t = tokens.first; t < tokens.last; ++t) {
     if (job.used != nullptr && job.used[t] == 0) {
       continue;
     }
@@ -407,7 +406,7 @@ void down_bands(const ExpertJob& job, ExpertBuffers& buffers, size_t worker, siz
   if (job.num_tokens < kCompactTokens || fit == 0) {
     task.out = job.out + task.column();
     task.out_stride = job.out_stride;
-    begin_sums(task);
+    begin_sums(task, {0, job.num_tokens});
     down_experts(task, nullptr);
     return;
   }
@@ -415,7 +414,7 @@ void down_bands(const ExpertJob& job, ExpertBuffers& buffers, size_t worker, siz
     task.last = std::min(task.first + fit, last);
     task.out = reinterpret_cast<float*>(buffers.rows[worker]);
     task.out_stride = (task.last - task.first) * kBandRows;
-    begin_sums(task);
+    begin_sums(task, {0, job.num_tokens});
     down_experts(task, nullptr);
     for (int32_t t = 0; t < job.num_tokens; ++t) {
       if (job.used == nullptr || job.used[t] != 0) {
@@ -444,11 +443,146 @@ void down_segments(const ExpertJob& job, ExpertBuffers& buffers, size_t worker, 
   }
   arrived.store(0, std::memory_order_relaxed);  // for the next layer, behind a barrier
   task.out = job.out + task.column();
-  begin_sums(task);
+  begin_sums(task, {0, job.num_tokens});
   for (int32_t i = 0; i < g.num_active; ++i) {
     const int32_t at = g.start[g.active[i]], end = g.start[g.active[i] + 1];
     add_bands(task, at, end - at, band, 1, kept + int64_t{at} * kBandRows, kBandRows);
   }
+}
+
+// Products of the task's bands with rows of one kind of active expert i: pairs [at, at + m), to
+// sums [m, width].
+void down_products(const DownTask& task, int32_t i, int32_t at, int32_t m, bool in_tiles,
+                   int32_t next, float* sums) {
+  const Grouping& g = task.grouping();
+  const ExpertJob& job = task.job;
+  const int32_t expert = g.active[i];
+  const int64_t stride = task.mid_stride(), width = (task.last - task.first) * kBandRows;
+  const uint8_t* mid = task.buffers.mid;
+  uint8_t* scratch = task.buffers.scratch[task.worker];
+  PromptRows rows = {.acts = mid + g.start[expert] * stride + 64 * int64_t{at - g.start[expert]},
+                     .row_stride = 64,
+                     .line_stride = int64_t{64} * g.prompt[expert],
+                     .m = m};
+  const Range calls = {0, (task.last - task.first + kPromptBands - 1) / kPromptBands};
+  const int64_t ahead_lines =
+      next < 0 ? 0
+               : std::min<int64_t>(2 * int64_t{g.prompt[g.active[next]]} * task.down().cols,
+                                   kGatherBytes) /
+                     64;
+  const int64_t step = in_tiles ? kPromptBands : 1;
+  for (int64_t band = task.first; band < task.last; band += step) {
+    const auto bands = static_cast<int32_t>(std::min(step, task.last - band));
+    const auto b = static_cast<int32_t>(band);
+    const uint8_t* then = nullptr;
+    if (band + bands < task.last) {
+      then = band_at(task.matrix(), expert, b + bands);
+    } else if (next >= 0) {
+      then = band_at(task.matrix(), g.active[next], static_cast<int32_t>(task.first));
+    }
+    float* to = sums + (band - task.first) * kBandRows;
+    if (!in_tiles) {
+      job.matrix->multiply_band(task.matrix(), expert, b, mid + at * stride, stride, nullptr, m, to,
+                                width, scratch, then);
+      continue;
+    }
+    if (ahead_lines > 0) {
+      const Range lines = split(ahead_lines, (band - task.first) / kPromptBands, calls.last);
+      rows.ahead = mid + g.start[g.active[next]] * stride + 64 * lines.first;
+      rows.ahead_bytes = 64 * (lines.last - lines.first);
+    }
+    job.matrix->multiply_prompt(task.matrix(), expert, b, bands, rows, to, width, scratch, then);
+  }
+}
+
+// Counters of a team that takes turns, each on a cache line of its own; 0 between layers.
+struct Turns {
+  std::atomic<int64_t>& taken;  // experts
+  std::atomic<int64_t>& ready;  // workers whose tokens' sums have been begun
+  std::atomic<int64_t>& turn;   // the expert whose products are added now
+  std::atomic<int64_t>& left;   // workers that are done
+};
+
+void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
+  for (int spins = 1; counter.load(std::memory_order_acquire) != value; ++spins) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    if (spins % 4096 == 0) {
+      std::this_thread::yield();  // the one that is waited for may need this core
+    }
+  }
+}
+
+// All experts' products with the task's bands, shared by workers [0, size) of a team: they take
+// experts as they come and add the products in turn, in id order. What a worker reads of the
+// intermediate rows is its experts' share.
+void down_in_turn(DownTask task, Turns turns, int64_t index, int64_t size) {
+  const Grouping& g = task.grouping();
+  const ExpertJob& job = task.job;
+  const int64_t width = (task.last - task.first) * kBandRows;
+  const auto fit =
+      static_cast<int32_t>(std::clamp<int64_t>(kGatherBytes / 4 / width, 1, kPromptRows));
+  auto* sums = reinterpret_cast<float*>(task.buffers.rows[task.worker]);
+  const auto columns = static_cast<int32_t>(task.columns());
+  begin_sums(task, split(job.num_tokens, index, size));
+  turns.ready.fetch_add(1, std::memory_order_release);
+  const auto take = [&] {
+    return static_cast<int32_t>(turns.taken.fetch_add(1, std::memory_order_relaxed));
+  };
+  for (int32_t i = take(); i < g.num_active; i = take()) {
+    // Workers of equal speed take every size-th expert: its first weights and rows are asked for.
+    const auto next = static_cast<int32_t>(i + size < g.num_active ? i + size : -1);
+    const int32_t start = g.start[g.active[i]], end = g.start[g.active[i] + 1];
+    const int32_t others = start + g.prompt[g.active[i]];
+    for (int32_t at = start; at < end;) {
+      const bool in_tiles = at < others;
+      const int32_t m =
+          std::min({fit, (in_tiles ? others : end) - at, in_tiles ? kPromptRows : kRowBlock});
+      down_products(task, i, at, m, in_tiles, next, sums);
+      if (at == start) {
+        wait_for(turns.turn, i);
+        if (i == 0) {
+          wait_for(turns.ready, size);
+        }
+      }
+      for (int32_t row = 0; row < m; ++row) {
+        float* out = task.out + g.tokens[at + row] * task.out_stride;
+        job.vector->add_scaled(out, g.weights[at + row], sums + row * width, columns, out);
+      }
+      at += m;
+    }
+    turns.turn.store(i + 1, std::memory_order_release);
+  }
+  if (turns.left.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+    for (std::atomic<int64_t>* counter : {&turns.taken, &turns.ready, &turns.turn, &turns.left}) {
+      counter->store(0, std::memory_order_relaxed);  // for the next layer, behind a barrier
+    }
+  }
+}
+
+// The part's down matrix for prompt tokens: teams of about kTurnWorkers share the bands of their
+// part. False when there are too few bands or experts for that.
+bool down_in_teams(const ExpertJob& job, ExpertBuffers& buffers, size_t worker, size_t p,
+                   int64_t index, int64_t size) {
+  const WeightPart& part = job.weights.down->parts[p];
+  const int64_t pairs = (part.matrix.num_bands + 1) / 2;
+  const int32_t num_active = buffers.groupings[worker].num_active;
+  if (job.weights.down->act != kActQ8 || part.matrix.num_bands < 4 * size ||
+      num_active < 4 * kTurnWorkers) {
+    return false;
+  }
+  const int64_t teams = std::max<int64_t>(1, size / kTurnWorkers), team = index * teams / size;
+  const int64_t lo = (team * size + teams - 1) / teams,
+                hi = ((team + 1) * size + teams - 1) / teams;
+  const int64_t first = 2 * (pairs * lo / size);
+  const int64_t last = std::min<int64_t>(2 * (pairs * hi / size), part.matrix.num_bands);
+  DownTask task = {job, buffers, worker, p, first, last, {0, num_active}, nullptr, job.out_stride};
+  task.out = job.out + task.column();
+  TailCounter* counters = buffers.arrived + part.first_band + first;  // a team has four bands
+  down_in_turn(task, {counters[0].next, counters[1].next, counters[2].next, counters[3].next},
+               index - lo, hi - lo);
+  return true;
 }
 
 // The workers that share part p of the job.
@@ -512,85 +646,6 @@ void fetch_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buf
 }
 
 }  // namespace
-
-void check_expert_weights(const ExpertWeights& w, const char* op) {
-  const auto text = [](const Weight* weight) { return describe_weight(*weight); };
-  const std::string shapes =
-      "gate " + text(w.gate) + ", up " + text(w.up) + ", down " + text(w.down);
-  if (w.gate->rows != w.up->rows || w.gate->cols != w.up->cols || w.gate->rows != w.down->cols ||
-      w.gate->num_experts != w.up->num_experts || w.gate->num_experts != w.down->num_experts) {
-    fail_argument(std::string(op) + ": expert matrices do not fit together: " + shapes);
-  }
-  if (w.gate->act != w.up->act) {
-    fail_unsupported(std::string(op) + ": gate and up need one activation format: " + shapes);
-  }
-}
-
-void allocate_expert_buffers(Workers& workers, Arena& arena, int64_t max_pairs, int32_t max_experts,
-                             int64_t mid_row_bytes, int32_t max_cols, int32_t max_rows,
-                             ExpertBuffers& buffers) {
-  const int64_t max_bands = (int64_t{max_rows} + kBandRows - 1) / kBandRows;
-  buffers.max_pairs = max_pairs;
-  buffers.max_experts = max_experts;
-  buffers.mid = arena.allocate(max_pairs * mid_row_bytes);
-  buffers.kept_pairs = std::min(max_pairs, kKeptPairs);
-  buffers.kept = arena.allocate_array<float>(max_bands * buffers.kept_pairs * kBandRows);
-  buffers.arrived = arena.allocate_array<TailCounter>(max_bands);
-  for (int32_t w = 0; w < workers.num_threads(); ++w) {
-    Grouping grouping;
-    grouping.start = arena.allocate_array<int32_t>(max_experts + 1);
-    grouping.prompt = arena.allocate_array<int32_t>(max_experts);
-    grouping.active = arena.allocate_array<int32_t>(max_experts);
-    grouping.tokens = arena.allocate_array<int32_t>(max_pairs);
-    grouping.weights = arena.allocate_array<float>(max_pairs);
-    buffers.groupings.push_back(grouping);
-    buffers.temps.push_back(
-        arena.allocate_array<float>(2 * kPromptRows * kPromptUnits * kUnitRows));
-    buffers.rows.push_back(
-        arena.allocate(std::max(kGatherBytes, act_row_bytes(kActBf16, max_cols))));
-    buffers.scratch.push_back(arena.allocate(multiply_scratch_bytes(max_cols)));
-  }
-}
-
-void group_pairs(const int32_t* ids, const float* weights, int32_t num_tokens, int32_t top_k,
-                 int32_t num_experts, const uint8_t* is_prompt, Grouping& g) {
-  const int32_t pairs = num_tokens * top_k;
-  std::memset(g.start, 0, (static_cast<size_t>(num_experts) + 1) * sizeof(int32_t));
-  std::memset(g.prompt, 0, static_cast<size_t>(num_experts) * sizeof(int32_t));
-  for (int32_t t = 0; t < num_tokens; ++t) {
-    const bool prompt = is_prompt != nullptr && is_prompt[t] != 0;
-    for (int32_t i = t * top_k; i < (t + 1) * top_k; ++i) {
-      if (ids[i] >= 0) {  // below 0: somebody else computes this pair
-        ++g.start[ids[i]];
-        g.prompt[ids[i]] += prompt;
-      }
-    }
-  }
-  // start[e] becomes the end of expert e, then counts down to its beginning while pairs are placed:
-  // first the generated tokens', then the prompts'.
-  g.num_active = 0;
-  int32_t end = 0;
-  bool mixed = false;
-  for (int32_t e = 0; e < num_experts; ++e) {
-    if (g.start[e] != 0) {
-      g.active[g.num_active++] = e;
-    }
-    mixed = mixed || (g.prompt[e] != 0 && g.prompt[e] != g.start[e]);
-    end += g.start[e];
-    g.start[e] = end;
-  }
-  g.start[num_experts] = end;
-  for (int32_t way = 0; way < (mixed ? 2 : 1); ++way) {
-    for (int32_t i = pairs - 1; i >= 0; --i) {
-      if (ids[i] < 0 || (mixed && (is_prompt[i / top_k] != 0) != (way == 1))) {
-        continue;
-      }
-      const int32_t at = --g.start[ids[i]];
-      g.tokens[at] = i / top_k;
-      g.weights[at] = weights[i];
-    }
-  }
-}
 
 void fetch_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers,
               int32_t worker) {
@@ -663,6 +718,9 @@ void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffe
   };
   const int64_t index = worker - team.first, size = team.last - team.first;
   TailCounter& tail = job.tails[job.weights.gate->parts.size() + p];
+  if (share.prompts && down_in_teams(job, buffers, w, p, index, size)) {
+    return;
+  }
   if (!share.prompts) {
     share_range(share.count(), segments, index, size, share.chunk, tail, run);
     return;
