@@ -120,8 +120,6 @@ void multiply(const kt_matrix& matrix, int32_t expert, const float* x, int32_t n
   uint8_t* all = acts + act_bytes;
   const Product product = {kernels, w,         expert, acts,
                            stride,  is_prompt, out,    reinterpret_cast<float*>(all + all_scratch)};
-  // Prompt rows are multiplied as the model does it: what is left goes to whoever is done.
-  const int32_t step = is_prompt ? kPromptBands : 1, block = is_prompt ? kPromptRows : num_rows;
   TailCounter tail;
   workers.for_each([&](int32_t worker) {
     const int32_t threads = workers.num_threads();
@@ -131,20 +129,27 @@ void multiply(const kt_matrix& matrix, int32_t expert, const float* x, int32_t n
     }
     workers.barrier();
     uint8_t* scratch = all + worker * scratch_bytes;
-    const auto multiply_bands = [&](int64_t begin, int64_t end) {
-      for (int32_t first = 0; first < num_rows; first += block) {
-        for (auto band = static_cast<int32_t>(begin); band < end; band += step) {
-          product.bands(band, std::min(step, static_cast<int32_t>(end) - band), first,
-                        std::min(block, num_rows - first), scratch);
-        }
-      }
-    };
-    if (is_prompt) {
-      share_range(w.num_bands, 2, worker, threads, 2, tail, multiply_bands);
-    } else {
+    if (!is_prompt) {
       const Range bands = split(w.num_bands, worker, threads);
-      multiply_bands(bands.first, bands.last);
+      for (auto band = static_cast<int32_t>(bands.first); band < bands.last; ++band) {
+        product.bands(band, 1, 0, num_rows, scratch);
+      }
+      return;
     }
+    // As the model does it: block of rows after block, all pairs of bands for each; what is left
+    // goes to whoever is done.
+    const int64_t pairs = (w.num_bands + 1) / 2,
+                  blocks = (num_rows + kPromptRows - 1) / kPromptRows;
+    share_range(pairs * blocks, 1, worker, threads, 1, tail, [&](int64_t lo, int64_t hi) {
+      while (lo < hi) {
+        const auto first = static_cast<int32_t>(lo / pairs) * kPromptRows;
+        const auto band = static_cast<int32_t>(2 * (lo % pairs));
+        const int64_t count = std::min({hi - lo, pairs - lo % pairs, int64_t{kPromptBands / 2}});
+        product.bands(band, std::min(static_cast<int32_t>(2 * count), w.num_bands - band), first,
+                      std::min(kPromptRows, num_rows - first), scratch);
+        lo += count;
+      }
+    });
   });
 }
 

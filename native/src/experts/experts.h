@@ -11,9 +11,9 @@
 //  step are cut into segments of some experts, whose products are kept until all are there and then
 //  added in the same order.
 //  Prompt tokens: an expert's pairs of prompt tokens come before its other pairs. Where the kernels
-//  have multiply_prompt, they are multiplied by it, from rows copied next to each other, line by line
-//  (PromptRows with row_stride 64); their intermediate rows lie in the same way, in the place of
-//  the expert's first pairs. In phase 2 they are too many to be read by every worker, from the
+//  have multiply_prompt, they are multiplied by it, from rows copied next to each other, line by
+//  line (PromptRows with row_stride 64); their intermediate rows lie in the same way, in the place
+//  of the expert's first pairs. In phase 2 they are too many to be read by every worker, from the
 //  caches of those that made them: a team of workers has a range of bands; they take experts as
 //  they come and add the products in turn, in id order.
 #pragma once

@@ -199,7 +199,9 @@ void Executor::prepare_buffer(const Step& s, int32_t worker) {
   m_.workers_.barrier();
 }
 
-// A group of linears is one axis of bytes: op after op, band after band.
+// A group of linears is one axis of bytes: op after op, band after band; and that again for every
+// kLinearRows rows of the runs, so that a worker's piece belongs to few rows, which stay in its L2
+// cache.
 void Executor::linear(const Step& s, int32_t worker) {
   const size_t parts = weight(m_.ops_[static_cast<size_t>(s.first)].w[0]).parts.size();
   const size_t p = part_of_worker(m_.workers_, parts, worker);
@@ -215,79 +217,104 @@ void Executor::linear(const Step& s, int32_t worker) {
     total += w.num_bands * w.band_bytes;
     largest = std::max(largest, step * w.band_bytes);
   }
-  share_range(total, 1, worker - team.first, team.last - team.first, largest,
+  // Pieces [lo, hi) of the axis for one block of rows.
+  const auto run_block = [&](int64_t lo, int64_t hi, int32_t block) {
+    int64_t start = 0;
+    for (int32_t i = s.first; i < s.first + s.count && start < hi; ++i) {
+      const kt_op& op = m_.ops_[static_cast<size_t>(i)];
+      const Matrix& w = weight(op.w[0]).parts[p].matrix;
+      // A band belongs to the piece in which it begins.
+      const auto index = [&](int64_t at) {
+        const int64_t bytes = step * w.band_bytes;
+        const int64_t band = (at - start + bytes - 1) / bytes * step;
+        return static_cast<int32_t>(std::clamp<int64_t>(band, 0, w.num_bands));
+      };
+      const int32_t first = lo <= start ? 0 : index(lo);
+      const int32_t last = index(hi);
+      if (first < last) {
+        linear_bands(s, op, p, first, last, block, worker);
+      }
+      start += w.num_bands * w.band_bytes;
+    }
+  };
+  int32_t most = rows_by_sample(s);
+  for (const TokenRun& run : m_.runs_) {
+    most = std::max(most, run.count);
+  }
+  const int64_t blocks = std::max(1, (most + kLinearRows - 1) / kLinearRows);
+  share_range(total * blocks, 1, worker - team.first, team.last - team.first, largest,
               m_.tails_[static_cast<size_t>(s.tails) + p], [&](int64_t lo, int64_t hi) {
-                int64_t start = 0;
-                for (int32_t i = s.first; i < s.first + s.count && start < hi; ++i) {
-                  const kt_op& op = m_.ops_[static_cast<size_t>(i)];
-                  const Matrix& w = weight(op.w[0]).parts[p].matrix;
-                  // A band belongs to the piece in which it begins.
-                  const auto index = [&](int64_t at) {
-                    const int64_t bytes = step * w.band_bytes;
-                    const int64_t band = (at - start + bytes - 1) / bytes * step;
-                    return static_cast<int32_t>(std::clamp<int64_t>(band, 0, w.num_bands));
-                  };
-                  const int32_t first = lo <= start ? 0 : index(lo);
-                  const int32_t last = index(hi);
-                  if (first < last) {
-                    linear_bands(s, op, p, first, last, worker);
-                  }
-                  start += w.num_bands * w.band_bytes;
+                for (int64_t block = lo / total; block * total < hi; ++block) {
+                  run_block(std::max<int64_t>(0, lo - block * total),
+                            std::min(total, hi - block * total), static_cast<int32_t>(block));
                 }
               });
   m_.workers_.barrier();
 }
 
+// Rows of the group's results that have one for every sample, 0 when there are none.
+int32_t Executor::rows_by_sample(const Step& s) {
+  int32_t most = 0;
+  for (int32_t i = s.first; i < s.first + s.count; ++i) {
+    const Buffer& out = buffer(m_.ops_[static_cast<size_t>(i)].out[0]);
+    most = out.by_sample ? std::max(most, rows_of(out)) : most;
+  }
+  return most;
+}
+
 // Logit rows count as generated tokens: their number is small, their precision is what one sees.
 void Executor::linear_bands(const Step& s, const kt_op& op, size_t p, int32_t first, int32_t last,
-                            int32_t worker) {
+                            int32_t block, int32_t worker) {
   const Buffer& out = buffer(op.out[0]);
+  const auto run_block = [&](const TokenRun& run) {
+    const int32_t skipped = block * kLinearRows;
+    if (skipped < run.count) {
+      const int32_t count = std::min(kLinearRows, run.count - skipped);
+      linear_run(s, op, p, first, last, worker, {run.first + skipped, count, run.is_prompt});
+    }
+  };
   if (out.by_sample) {
-    linear_run(s, op, p, first, last, worker, {0, rows_of(out), false});
+    run_block({0, rows_of(out), false});
     return;
   }
   for (const TokenRun& run : m_.runs_) {
-    linear_run(s, op, p, first, last, worker, run);
+    run_block(run);
   }
 }
 
+// At most kLinearRows rows.
 void Executor::linear_run(const Step& s, const kt_op& op, size_t p, int32_t first, int32_t last,
                           int32_t worker, const TokenRun& run) {
   const Weight& w = weight(op.w[0]);
   const WeightPart& part = w.parts[p];
   const Buffer& in = buffer(op.in[0]);
   const Buffer& out = buffer(op.out[0]);
-  const uint8_t* acts = act_row(s, in, w.act, worker);
   const int64_t stride = in.act_stride[w.act];
+  const uint8_t* x = act_row(s, in, w.act, worker) + run.first * stride;
   WorkerScratch& mine = scratch(worker);
   const bool in_place = op.in[1] < 0 && op.w[1] < 0;
   const bool in_tiles = run.is_prompt && w.act == kActQ8;
-  const int32_t end = run.first + run.count;
-  for (int32_t row = run.first; row < end; row += kLinearRows) {
-    const int32_t m = std::min(kLinearRows, end - row);
-    const uint8_t* x = acts + row * stride;
-    const int32_t step = in_tiles ? kPromptBands : 1;
-    for (int32_t band = first; band < last; band += step) {
-      const int32_t bands = std::min(step, last - band);
-      const int32_t column = (part.first_band + band) * kBandRows;
-      const int32_t columns = std::min(bands * kBandRows, w.rows - column);
-      const bool direct = in_place && columns == bands * kBandRows;
-      float* to = out.data + int64_t{row} * out.stride + column;
-      float* sums = direct ? to : mine.temp;
-      const int64_t sums_stride = direct ? out.stride : bands * kBandRows;
-      const int32_t then = band + bands;
-      const uint8_t* next = then < last ? band_at(part.matrix, 0, then) : nullptr;
-      if (in_tiles) {
-        const PromptRows rows = {.acts = x, .row_stride = stride, .m = m};
-        m_.matrix_->multiply_prompt(part.matrix, 0, band, bands, rows, sums, sums_stride,
-                                    mine.multiply, next);
-      } else {
-        m_.matrix_->multiply_band(part.matrix, 0, band, x, stride, nullptr, m, sums, sums_stride,
+  const int32_t step = in_tiles ? kPromptBands : 1;
+  for (int32_t band = first; band < last; band += step) {
+    const int32_t bands = std::min(step, last - band);
+    const int32_t column = (part.first_band + band) * kBandRows;
+    const int32_t columns = std::min(bands * kBandRows, w.rows - column);
+    const bool direct = in_place && columns == bands * kBandRows;
+    float* to = out.data + int64_t{run.first} * out.stride + column;
+    float* sums = direct ? to : mine.temp;
+    const int64_t sums_stride = direct ? out.stride : bands * kBandRows;
+    const int32_t then = band + bands;
+    const uint8_t* next = then < last ? band_at(part.matrix, 0, then) : nullptr;
+    if (in_tiles) {
+      const PromptRows rows = {.acts = x, .row_stride = stride, .m = run.count};
+      m_.matrix_->multiply_prompt(part.matrix, 0, band, bands, rows, sums, sums_stride,
                                   mine.multiply, next);
-      }
-      if (!direct) {
-        finish_linear(op, row, m, column, columns, sums, sums_stride);
-      }
+    } else {
+      m_.matrix_->multiply_band(part.matrix, 0, band, x, stride, nullptr, run.count, sums,
+                                sums_stride, mine.multiply, next);
+    }
+    if (!direct) {
+      finish_linear(op, run.first, run.count, column, columns, sums, sums_stride);
     }
   }
 }

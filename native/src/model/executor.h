@@ -21,8 +21,9 @@ class Executor {
   void gather(const Step& step, const kt_op& op, int32_t worker);
   void prepare_buffer(const Step& step, int32_t worker);
   void linear(const Step& step, int32_t worker);
+  int32_t rows_by_sample(const Step& step);
   void linear_bands(const Step& step, const kt_op& op, size_t part, int32_t first, int32_t last,
-                    int32_t worker);
+                    int32_t block, int32_t worker);
   void linear_run(const Step& step, const kt_op& op, size_t part, int32_t first, int32_t last,
                   int32_t worker, const TokenRun& run);
   void finish_linear(const kt_op& op, int32_t row, int32_t m, int32_t column, int32_t columns,
