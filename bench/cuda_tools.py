@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType, quants
 
 from kt_async.engine.cuda import gemv as cuda_gemv
 from kt_async.engine.cuda.args import ActsArg, GroupsArg, MatrixArg
-from kt_async.engine.cuda.values import PackedMatrix
+from kt_async.engine.cuda.values import ACTS_GROUP, PackedMatrix
 from kt_async.errors import KtError
 from kt_async.ffi.cuda import KernelArgument, Kernels, compile_kernels, kernel_source
 from kt_async.ffi.handoff import packed_matrix
@@ -115,10 +115,11 @@ def make_weights(
 
 @dataclass(frozen=True)
 class Acts:
-    """int8 activations of M rows as the kernels read them."""
+    """int8 activations of M rows as the kernels read them: struct Acts of linear.cu."""
 
-    q: torch.Tensor  # int8 [cols / 32, M, 32]
-    meta: torch.Tensor  # f32 [cols / 32, M, 4], see struct Acts of linear.cu
+    q: torch.Tensor  # int8 [M / 8, cols / 32, 8, 32]
+    meta: torch.Tensor  # f32 [M / 8, cols / 32, 2, 8]
+    rows: int
 
     def arg(self) -> ActsArg:
         """For a kernel."""
@@ -126,24 +127,25 @@ class Acts:
 
     def scales(self) -> torch.Tensor:
         """f64 [M, cols]: what one step of q is worth."""
-        return self.meta[:, :, 0].double().T.repeat_interleave(32, dim=1)
+        scale = self.meta[:, :, 0].double().transpose(1, 2)
+        return scale.reshape(-1, scale.shape[2])[: self.rows].repeat_interleave(32, dim=1)
 
     def values(self) -> torch.Tensor:
         """f64 [M, cols]."""
-        rows = self.q.shape[1]
-        return self.q.double().transpose(0, 1).reshape(rows, -1) * self.scales()
+        q = self.q.double().transpose(1, 2)
+        return q.reshape(-1, q.shape[2] * 32)[: self.rows] * self.scales()
 
 
 def quantize(x: torch.Tensor) -> Acts:
     """As the step's kernels do, by torch. x: f32 [M, cols]."""
-    blocks = x.view(len(x), -1, 32).transpose(0, 1)
-    largest = blocks.abs().amax(2, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0)
-    q = (blocks * inverse).round()
+    rows, cols = x.shape
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % ACTS_GROUP))
+    blocks = padded.view(-1, ACTS_GROUP, cols // 32, 32).transpose(1, 2)
+    largest = blocks.abs().amax(3)
+    q = (blocks * torch.where(largest > 0, 127 / largest, 0)[..., None]).round()
     scale = largest / 127
-    sums = q.reshape(*q.shape[:2], 2, 16).sum(3)
-    meta = torch.cat([scale, scale * sums, scale * sums.sum(2, keepdim=True)], 2)
-    return Acts(q.to(torch.int8).contiguous(), meta.contiguous())
+    meta = torch.stack([scale, scale * q.sum(3)], 2)
+    return Acts(q.to(torch.int8).contiguous(), meta.contiguous(), rows)
 
 
 def group_pairs(ops: cuda_gemv.Launcher, ids: torch.Tensor, experts: int) -> cuda_gemv.Pairs:
@@ -254,7 +256,7 @@ def check_experts(
         gated = reference(gate, expert, slice(0, gate.matrix.arg.rows)) @ row
         value = reference(up, expert, slice(0, up.matrix.arg.rows)) @ row
         exact = quantize((torch.nn.functional.silu(gated) * value).float()[None]).values()[0]
-        made = Acts(hidden.q, hidden.meta)
+        made = Acts(hidden.q, hidden.meta, ids.numel())
         got, step = made.values()[place[pair]], made.scales()[place[pair]]
         if not bool(((got - exact).abs() <= 1.01 * step).all()):  # a tie may round the other way
             raise KtError(f"{what}: pair {pair} is wrong after gate and up")

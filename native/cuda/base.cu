@@ -115,3 +115,40 @@ __device__ __forceinline__ void multiply_tile(int (&d)[4], const u32 (&a)[4], ui
   }
 #endif
 }
+
+// d = c + a b: 16 x 8 numbers times 8 x 8, of 11 significant bits each. Lane 4 g + t holds of a rows
+// g (a[0], a[2]) and g + 8 (a[1], a[3]), columns t (a[0], a[1]) and t + 4; of b column g, rows t and
+// t + 4; of c and d what multiply_tile says.
+__device__ __forceinline__ void multiply_floats(float (&d)[4], const float (&a)[4], float2 b,
+                                                const float (&c)[4]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)),
+        "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#else
+  const int lane = threadIdx.x & 31, group = lane & ~3, t = lane & 3;
+  float sum[4] = {c[0], c[1], c[2], c[3]};
+#pragma unroll 1
+  for (int k = 0; k < 4; ++k) {
+    float row[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      row[i] = __shfl_sync(~0u, a[i], group | k);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int from = 4 * (2 * t + i) | k;
+      const float low = __shfl_sync(~0u, b.x, from), high = __shfl_sync(~0u, b.y, from);
+      sum[i] = __fmaf_rn(row[2], high, __fmaf_rn(row[0], low, sum[i]));
+      sum[2 + i] = __fmaf_rn(row[3], high, __fmaf_rn(row[1], low, sum[2 + i]));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    d[i] = sum[i];
+  }
+#endif
+}

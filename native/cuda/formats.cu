@@ -41,7 +41,8 @@ constexpr bool has_fifth_bit() {
 // weight = s q - m; the others have m = 0.
 template <int kType>
 constexpr bool has_min() {
-  return kType != kQ8_0 && kType != kIQ4_NL && kType != kIQ4_XS && kType != kMXFP4;
+  return kType != kQ8_0 && kType != kQ6_K && kType != kIQ4_NL && kType != kIQ4_XS &&
+         kType != kMXFP4;
 }
 
 // What a lane loads of a unit; unused members cost nothing.
@@ -167,6 +168,16 @@ __device__ __forceinline__ void decode_block(const Unit<kType>& unit, int j, int
     a[2] = unit.q[2 * j + 1].x;
     a[3] = unit.q[2 * j + 1].y;
     return;
+  } else if constexpr (kType == kQ6_K) {
+    // 4 (q - 32): the six bits at the top of a byte, the first of them flipped.
+    constexpr u32 kLow = 0x3c3c3c3c, kTop = 0xc0c0c0c0, kFlip = 0x80808080;
+    const u32 x = unit.top[j].x, y = unit.top[j].y;
+    const int to_top = 6 - 4 * (t & 1);
+    a[0] = ((unit.q[j].x << 2 & kLow) ^ kFlip) ^ (x << to_top & kTop);
+    a[1] = ((unit.q[j].y << 2 & kLow) ^ kFlip) ^ (y << to_top & kTop);
+    a[2] = ((unit.q[j].x >> 2 & kLow) ^ kFlip) ^ (x << (to_top - 2) & kTop);
+    a[3] = ((unit.q[j].y >> 2 & kLow) ^ kFlip) ^ (y << (to_top - 2) & kTop);
+    return;
   } else {
     a[0] = unit.q[j].x & 0x0f0f0f0f;
     a[1] = unit.q[j].y & 0x0f0f0f0f;
@@ -179,12 +190,6 @@ __device__ __forceinline__ void decode_block(const Unit<kType>& unit, int j, int
     a[1] |= (y << 4) & 0x10101010;
     a[2] |= (x << 3) & 0x10101010;
     a[3] |= (y << 3) & 0x10101010;
-  } else if constexpr (kType == kQ6_K) {
-    const u32 x = unit.top[j].x >> (4 * (t & 1)), y = unit.top[j].y >> (4 * (t & 1));
-    a[0] |= (x << 4) & 0x30303030;
-    a[1] |= (y << 4) & 0x30303030;
-    a[2] |= (x << 2) & 0x30303030;
-    a[3] |= (y << 2) & 0x30303030;
   } else if constexpr (kType == kIQ4_NL || kType == kIQ4_XS) {
     // -127 -104 -83 -65 | -49 -35 -22 -10 | 1 13 25 38 | 53 69 89 113
     const u32 table[4] = {0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u};
@@ -202,11 +207,12 @@ __device__ __forceinline__ void decode_block(const Unit<kType>& unit, int j, int
   }
 }
 
-// weight = s q - m of two rows. half: Q6_K has a scale for each 16 columns, and m = 32 s.
+// weight = s q - m dm of two rows; Q6_K has a scale for each 16 columns. s has at most 19
+// significant bits, m 11; dm is the same for all blocks of a tile.
 template <int kType>
 struct Scales {
   float s[2][kType == kQ6_K ? 2 : 1];
-  float m[2];
+  float m[2], dm[2];
 };
 
 // Scales of the lane's own block, number 4 half + t of the tile's nb.
@@ -216,6 +222,7 @@ __device__ __forceinline__ Scales<kType> scales_of(const Unit<kType>& unit, int 
   Scales<kType> out;
   const float d[2] = {half_to_float(unit.s[3]), half_to_float(unit.s[3] >> 16)};
   out.m[0] = out.m[1] = 0.0f;
+  out.dm[0] = out.dm[1] = 1.0f;
   if constexpr (kType == kQ4_K || kType == kQ5_K) {
     const u32 low = unit.s[0] | unit.s[1] << 16, both = unit.s[2];
     const u32 packed = half == 0
@@ -223,13 +230,15 @@ __device__ __forceinline__ Scales<kType> scales_of(const Unit<kType>& unit, int 
                            : (both & 0x0f0f) | (both & 0xf0f0) << 12 | ((low >> 2) & 0x30303030);
     out.s[0][0] = d[0] * (float)(packed & 0xff);
     out.s[1][0] = d[1] * (float)(packed >> 8 & 0xff);
-    out.m[0] = half_to_float(unit.s[4]) * (float)(packed >> 16 & 0xff);
-    out.m[1] = half_to_float(unit.s[4] >> 16) * (float)(packed >> 24);
+    out.m[0] = (float)(packed >> 16 & 0xff);
+    out.m[1] = (float)(packed >> 24);
+    out.dm[0] = half_to_float(unit.s[4]);
+    out.dm[1] = half_to_float(unit.s[4] >> 16);
   } else if constexpr (kType == kQ6_K) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      out.s[0][h] = d[0] * (float)(i8)unit.s[h];
-      out.s[1][h] = d[1] * (float)(i8)(unit.s[h] >> 8);
+      out.s[0][h] = 0.25f * d[0] * (float)(i8)unit.s[h];
+      out.s[1][h] = 0.25f * d[1] * (float)(i8)(unit.s[h] >> 8);
     }
   } else if constexpr (kType == kIQ4_XS) {
     const int s = half * 4 + t;
@@ -262,19 +271,17 @@ __device__ __forceinline__ Scales<kType> scales_of(const Unit<kType>& unit, int 
   return out;
 }
 
-// The scales that lane `from` holds.
+// s of the scales that lane `from` holds.
 template <int kType>
-__device__ __forceinline__ Scales<kType> scales_from(const Scales<kType>& mine, int from) {
-  Scales<kType> out;
+__device__ __forceinline__ void factors_from(const Scales<kType>& mine, int from,
+                                             float (&s)[2][kType == kQ6_K ? 2 : 1]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    out.s[r][0] = __shfl_sync(~0u, mine.s[r][0], from);
+    s[r][0] = __shfl_sync(~0u, mine.s[r][0], from);
     if constexpr (kType == kQ6_K) {
-      out.s[r][1] = __shfl_sync(~0u, mine.s[r][1], from);
+      s[r][1] = __shfl_sync(~0u, mine.s[r][1], from);
     }
-    out.m[r] = has_min<kType>() && kType != kQ6_K ? __shfl_sync(~0u, mine.m[r], from) : 0.0f;
   }
-  return out;
 }
 
 // Calls put(row 0..15 of the band, column, float[8]) for the lane's share of unit u.
@@ -287,7 +294,12 @@ __device__ __forceinline__ void decode_unit(const u8* band, int cols, int u, Put
   const Scales<kType> mine = scales_of<kType>(unit, nb, half);
 #pragma unroll
   for (int j = 0; j < kUnitBlocks; ++j) {
-    const Scales<kType> scales = scales_from<kType>(mine, (lane & ~3) | j);
+    float s[2][kType == kQ6_K ? 2 : 1], m[2] = {};
+    factors_from<kType>(mine, (lane & ~3) | j, s);
+    if constexpr (has_min<kType>()) {
+      m[0] = __shfl_sync(~0u, mine.m[0] * mine.dm[0], (lane & ~3) | j);
+      m[1] = __shfl_sync(~0u, mine.m[1] * mine.dm[1], (lane & ~3) | j);
+    }
     const int column = (4 * u + j) * 32 + 8 * t;
     if (column >= cols) {
       break;
@@ -296,12 +308,11 @@ __device__ __forceinline__ void decode_unit(const u8* band, int cols, int u, Put
     decode_block<kType>(unit, j, t, a);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float s = scales.s[r][kType == kQ6_K ? t >> 1 : 0];
-      const float m = kType == kQ6_K ? 32.0f * s : scales.m[r];
+      const float factor = s[r][kType == kQ6_K ? t >> 1 : 0];
       float values[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        values[i] = s * (float)(i8)(a[r + 2 * (i >> 2)] >> (8 * (i & 3))) - m;
+        values[i] = factor * (float)(i8)(a[r + 2 * (i >> 2)] >> (8 * (i & 3))) - m[r];
       }
       put(2 * g + r, column, values);
     }

@@ -3,22 +3,21 @@
 // The bands are the bytes the CPU kernels use (native/src/kernels/layout.h), so an expert moves
 // between CPU and GPU without conversion. Compiled at start-up by NVRTC after formats.cu.
 //
-// Mapping: `split` warps share a band (16 output rows) and take its tiles of 256 columns, copied to
-// shared memory a few tiles ahead. A tile's 32-column blocks meet 1, 2, 4 or 8 rows of activations
-// in integer matrix instructions; with less than 8 rows the right operand's columns hold several
-// blocks, each against the rows, so that every lane ends up with sums of its own. Integer dots of a
-// block are exact; the f32 part of a block is
-//     sum += (scale_x * s) * dot;  sum -= m * sum_x
-// and blocks are added in an order that depends on the matrix alone: a band has `parts` sums, part
-// v of tiles v, v + parts, ..., each of four sums by block number mod 4, added ((0 + 1) + (2 + 3));
-// then the parts in turn. A row's result is therefore the same whatever runs beside it.
+// Mapping: `split` warps share R bands (16 output rows each) and take their tiles of 256 columns,
+// copied to shared memory a few tiles ahead. A tile's 32-column blocks meet one or two groups of
+// eight rows of activations in integer matrix instructions, which read them once for R bands.
+// Integer dots of a block are exact; the f32 part of a block is
+//     sum += scale_x * (s * dot)
+// and after each tile sum -= dm * (m * sum_x of its blocks). Tiles are added in an order that depends on the matrix alone: a band has `parts` sums, part
+// v of tiles v, v + parts, ..., block after block; then the parts in turn. A row's result is
+// therefore the same whatever runs beside it.
 
 constexpr int kThreads = 256;
 constexpr int kMaxThreads = 512;
 
 // How the host cut a launch (engine/cuda/gemv.py). Dynamic shared memory: part_floats partial sums
 // for each part of each band of a block, then for each warp `stages` (1 .. 4) stages of
-// stage_bytes.
+// stage_bytes for each of its bands.
 struct Cut {
   int parts, split;  // split divides parts, parts <= tiles
   int stages, stage_bytes, part_floats;
@@ -29,9 +28,10 @@ struct Cut {
 __device__ __forceinline__ float* part_of(const Cut& cut, int b, int v) {
   return reinterpret_cast<float*>(shared_memory) + (b * cut.parts + v) * cut.part_floats;
 }
+template <int R>
 __device__ __forceinline__ u8* stages_of(const Cut& cut, int warp) {
   const int sums = (cut.parts * cut.part_floats * 4) << cut.bands_shift;
-  return shared_memory + sums + warp * cut.stages * cut.stage_bytes;
+  return shared_memory + sums + warp * cut.stages * R * cut.stage_bytes;
 }
 // A value of a band, its parts added in turn.
 __device__ __forceinline__ float sum_parts(const Cut& cut, int b, int column, int r) {
@@ -42,111 +42,134 @@ __device__ __forceinline__ float sum_parts(const Cut& cut, int b, int column, in
   return sum;
 }
 
-// Quantised activations [M, cols] in 32-column blocks, the rows side by side within a block, so
-// that a tile's loads lie together.
+// Quantised activations [M, cols] in groups of eight rows and 32-column blocks, so that a lane finds
+// all blocks of its rows at constant distances.
+constexpr int kGroup = 8;  // rows
+constexpr int kMeta = 2 * kGroup;
 struct Acts {
-  i8* q;         // [cols / 32, M, 32]
-  float4* meta;  // [cols / 32, M]: scale, scale * sum of the first 16 q, of the other 16, of all
-  int rows;      // M of the layout
+  i8* q;        // [M / 8, cols / 32, 8, 32]
+  float* meta;  // [M / 8, cols / 32, 2, 8]: scale and scale * sum of q
+  int blocks;   // cols / 32
 };
 
-// Where a lane's rows of a tile of N columns lie: one to multiply, two to scale.
-struct TileRows {
-  u32 multiply;
-  u32 scale[2];
-};
-
-// row(i): the activation row of column i < N.
-template <int N, typename Row>
-__device__ __forceinline__ TileRows tile_rows(Row row) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  return {(u32)(row(g % N) * 32 + 8 * t), {(u32)row(2 * t % N), (u32)row(2 * t % N + 1)}};
+// The place of block b of a row's group, in blocks of a group.
+__device__ __forceinline__ i64 place_of(int row, int blocks, int b) {
+  return (i64)(row / kGroup) * blocks + b;
 }
 
-// What a lane reads of the activations for one tile of N columns, which meets 8 / N blocks.
+// Where a lane's share of a group of rows begins.
+struct GroupRows {
+  const i8* q;
+  const float* scale[2];
+  const float* sum;
+};
+
+// row(i): the activation row of the group's row i.
+template <typename Row>
+__device__ __forceinline__ GroupRows group_rows(const Acts& x, Row row) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int own = row(g), first = row(2 * t), second = row(2 * t + 1);
+  GroupRows out;
+  out.q = x.q + (place_of(own, x.blocks, 0) * kGroup + own % kGroup) * 32 + 8 * t;
+  out.scale[0] = x.meta + place_of(first, x.blocks, 0) * kMeta + first % kGroup;
+  out.scale[1] = x.meta + place_of(second, x.blocks, 0) * kMeta + second % kGroup;
+  out.sum = x.meta + place_of(own, x.blocks, 0) * kMeta + kGroup + own % kGroup;
+  return out;
+}
+
+// The same, from block b on.
+__device__ __forceinline__ GroupRows rows_from(const GroupRows& rows, int b) {
+  return {rows.q + b * kGroup * 32,
+          {rows.scale[0] + b * kMeta, rows.scale[1] + b * kMeta},
+          rows.sum + b * kMeta};
+}
+
+// What a lane reads of a group's activations for one block.
 struct Inputs {
   uint2 q;
-  float4 meta[2];
+  float scale[2];
 };
 
-// The block of tile p of a unit that the lane's results belong to.
-template <int N>
-__device__ __forceinline__ int own_block(int p) {
-  return p * (8 / N) + 2 * (threadIdx.x & 3) / N;
-}
-
-// Tile p of unit u.
-template <int N, int kLive>
-__device__ __forceinline__ void load_inputs(const Acts& x, int num_blocks, int u, int p,
-                                            const TileRows& rows, Inputs& out) {
-  const int g = (threadIdx.x & 31) >> 2;
-  const int b = min(4 * u + p * (8 / N) + g / N, num_blocks - 1);
-  out.q = __ldg(reinterpret_cast<const uint2*>(x.q + (u32)(b * x.rows * 32 + rows.multiply)));
-  const int own = min(4 * u + own_block<N>(p), num_blocks - 1);
+// kLive of the two rows to scale exist; kPacked: they lie side by side.
+template <int kLive, bool kPacked>
+__device__ __forceinline__ Inputs load_inputs(const GroupRows& rows, int b) {
+  Inputs out;
+  out.q = __ldg(reinterpret_cast<const uint2*>(rows.q + b * kGroup * 32));
+  if (kLive == 2 && kPacked) {
+    const float2 both = __ldg(reinterpret_cast<const float2*>(rows.scale[0] + b * kMeta));
+    out.scale[0] = both.x;
+    out.scale[1] = both.y;
+  } else {
 #pragma unroll
-  for (int i = 0; i < kLive; ++i) {
-    out.meta[i] = __ldg(x.meta + (u32)(own * x.rows + rows.scale[i]));
+    for (int i = 0; i < kLive; ++i) {
+      out.scale[i] = __ldg(rows.scale[i] + b * kMeta);
+    }
   }
+  return out;
 }
 
-// An integer of less than 23 bits in a float's mantissa: adding to the bits counts ones.
+// Sums start as the bits of kMagic: an integer of less than 23 bits counts the last bits of a
+// float's mantissa. A weight's scale has at most 19 bits, so that kMagic times it is exact, and
+// w * (float - kMagic) takes one instruction and rounds once.
 constexpr int kMagicBits = 0x4b400000;
 constexpr float kMagic = 12582912.0f;
+// What multiply_floats takes of a number.
+constexpr u32 kElevenBits = 0xffffe000;
 
-// One result's share of a block.
-template <int kType>
-__device__ __forceinline__ float add_block(float sum, const float4& x, const Scales<kType>& w,
-                                           int r, int first, int second) {
-  const float dot = __int_as_float(first) - kMagic;
-  sum = __fmaf_rn(__fmul_rn(x.x, w.s[r][0]), dot, sum);
-  if constexpr (kType == kQ6_K) {
-    const float other = __int_as_float(second) - kMagic;
-    sum = __fmaf_rn(__fmul_rn(x.x, w.s[r][1]), other, sum);
-    sum = __fmaf_rn(__fmul_rn(-32.0f, w.s[r][0]), x.y, sum);
-    return __fmaf_rn(__fmul_rn(-32.0f, w.s[r][1]), x.z, sum);
-  } else if constexpr (has_min<kType>()) {
-    return __fmaf_rn(-w.m[r], x.w, sum);
+// Adds the products of block j of a unit with T groups of rows.
+template <int kType, int T, int kLive>
+__device__ __forceinline__ void add_products(const Unit<kType>& unit, const Scales<kType>& mine,
+                                             int j, const Inputs (&x)[T], float (&sum)[T][4]) {
+  const int lane = threadIdx.x & 31, t = lane & 3;
+  constexpr int kHalves = kType == kQ6_K ? 2 : 1;
+  u32 a[4];
+  decode_block<kType>(unit, j, t, a);
+  float s[2][kHalves], zero[2][kHalves];
+  factors_from<kType>(mine, (lane & ~3) | j, s);
+#pragma unroll
+  for (int n = 0; n < 2 * kHalves; ++n) {
+    zero[n & 1][n >> 1] = __fmul_rn(-kMagic, s[n & 1][n >> 1]);
   }
-  return sum;
-}
-
-// Adds the products of a unit with tile p of each of the T groups of N rows. kLive of a lane's two
-// columns exist.
-template <int kType, int N, int T, int kLive>
-__device__ __forceinline__ void add_tile(const Unit<kType>& unit, const Scales<kType>& mine, int p,
-                                         const Inputs (&x)[T], float (&sum)[T][N / 2][2][2]) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  constexpr int kChain = 8 / N, kHalves = kType == kQ6_K ? 2 : 1;
-  int dot[T][kHalves][4];
 #pragma unroll
-  for (int c = 0; c < kChain; ++c) {
-    u32 a[4];
-    decode_block<kType>(unit, p * kChain + c, t, a);
+  for (int i = 0; i < T; ++i) {
 #pragma unroll
-    for (int i = 0; i < T; ++i) {
-      const uint2 zero = make_uint2(0, 0);
-      const uint2 b = kChain == 1 || g / N == c ? x[i].q : zero;
-      const int none[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+    for (int h = 0; h < kHalves; ++h) {  // Q6_K: of 16 columns, which two of four lanes hold
+      const bool is_there = kHalves == 1 || (t < 2) == (h == 0);
+      const int start[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+      int dot[4];
+      multiply_tile(dot, a, is_there ? x[i].q : make_uint2(0, 0), start);
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h) {
-        const uint2 part = kHalves == 1 || (t < 2) == (h == 0) ? b : zero;
-        if (c == 0) {
-          multiply_tile(dot[i][h], a, part, none);
-        } else {
-          multiply_tile(dot[i][h], a, part, dot[i][h]);
+      for (int n = 0; n < 4; ++n) {
+        if ((n & 1) < kLive) {
+          const float product = __fmaf_rn(__int_as_float(dot[n]), s[n >> 1][h], zero[n >> 1][h]);
+          sum[i][n] = __fmaf_rn(product, x[i].scale[n & 1], sum[i][n]);
         }
       }
     }
   }
-  const Scales<kType> w = N == 2 ? mine : scales_from<kType>(mine, (lane & ~3) | own_block<N>(p));
+}
+
+// Subtracts a tile's minima times the sums of its nb blocks, where rows begin. m, dm: of the lane's
+// blocks t and 4 + t.
+template <int T, int kLive>
+__device__ __forceinline__ void subtract_minima(const float (&m)[4], const float (&dm)[2],
+                                                const GroupRows (&rows)[T], int nb,
+                                                float (&sum)[T][4]) {
+  const int t = threadIdx.x & 3;
 #pragma unroll
   for (int i = 0; i < T; ++i) {
+    const float first = __ldg(rows[i].sum + min(t, nb - 1) * kMeta);
+    const float second = __ldg(rows[i].sum + min(4 + t, nb - 1) * kMeta);
+    const float2 high = make_float2(__uint_as_float(__float_as_uint(first) & kElevenBits),
+                                    __uint_as_float(__float_as_uint(second) & kElevenBits));
+    const float2 low = make_float2(first - high.x, second - high.y);
+    float product[4] = {};
+    multiply_floats(product, m, high, product);
+    multiply_floats(product, m, low, product);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int k = 0; k < kLive; ++k) {
-        sum[i][p][r][k] = add_block<kType>(sum[i][p][r][k], x[i].meta[k], w, r,
-                                           dot[i][0][2 * r + k], dot[i][kHalves - 1][2 * r + k]);
+    for (int n = 0; n < 4; ++n) {
+      if ((n & 1) < kLive) {
+        sum[i][n] = __fmaf_rn(-dm[n >> 1], product[n], sum[i][n]);
       }
     }
   }
@@ -165,71 +188,79 @@ struct TileOrder {
   }
 };
 
-// Leaves a part's sums of T groups of N rows in part[column * 17 + row].
-template <int N, int T, int kLive>
-__device__ __forceinline__ void store_part(const float (&sum)[T][N / 2][2][2], float* part) {
+// Leaves a part's sums of T groups of rows in part[column * 17 + row] and clears them.
+template <int T, int kLive>
+__device__ __forceinline__ void store_part(float (&sum)[T][4], float* part) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int i = 0; i < T; ++i) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int k = 0; k < kLive; ++k) {
-        float total;
-        if constexpr (N == 8) {
-          total = __fadd_rn(__fadd_rn(sum[i][0][r][k], sum[i][1][r][k]),
-                            __fadd_rn(sum[i][2][r][k], sum[i][3][r][k]));
-        } else if constexpr (N == 4) {
-          const float low = sum[i][0][r][k], high = sum[i][1][r][k];
-          total = __fadd_rn(__fadd_rn(low, __shfl_xor_sync(~0u, low, 2)),
-                            __fadd_rn(high, __shfl_xor_sync(~0u, high, 2)));
-        } else {
-          total = sum[i][0][r][k];
-          total = __fadd_rn(total, __shfl_xor_sync(~0u, total, 1));
-          total = __fadd_rn(total, __shfl_xor_sync(~0u, total, 2));
-        }
-        if (2 * t < N) {
-          part[(i * N + 2 * t + k) * 17 + 2 * g + r] = total;
-        }
+    for (int n = 0; n < 4; ++n) {
+      if ((n & 1) < kLive && (kLive == 2 || t == 0)) {
+        part[(i * kGroup + 2 * t + (n & 1)) * 17 + 2 * g + (n >> 1)] = sum[i][n];
       }
+      sum[i][n] = 0.0f;
     }
   }
 }
 
-// Dot products of the parts first, first + split, ... of a block's band b with T groups of N rows.
-// kWaits: the activations come from the kernel before, the weights do not.
-template <int kType, int N, int T, int kLive, bool kWaits>
-__device__ __forceinline__ void dot_tiles(const u8* band, int cols, const Acts& x,
-                                          const TileRows (&rows)[T], int first, const Cut& cut,
-                                          u8* stages, int b) {
-  const int num_blocks = cols / 32, tiles = (cols + 255) / 256;
-  constexpr bool kEarly = N * T <= 4;  // few enough registers for a tile's inputs
+// Whose bands a warp computes and where their sums go: R bands, `step` bytes apart, the first of
+// them number `first` of the block.
+struct Bands {
+  const u8* data;
+  i64 step;
+  int first;
+};
+
+// Dot products of the parts first, first + split, ... of R bands with T groups of rows. kLive: 1 if
+// there is one row alone. kWaits: the activations come from the kernel before, the weights do not.
+template <int kType, int R, int T, int kLive, bool kPacked, bool kWaits>
+__device__ __forceinline__ void dot_tiles(const Bands& bands, int cols,
+                                          const GroupRows (&rows)[T], int first, const Cut& cut,
+                                          u8* stages) {
+  const int tiles = (cols + 255) / 256;
+  constexpr bool kEarly = R * T == 1;  // few enough registers for a tile's inputs
   TileOrder ahead = {first, first}, now = ahead;
-  for (int d = 0; d < cut.stages; ++d) {
+  const auto copy_ahead = [&](u8* stage) {
     if (ahead.v < cut.parts) {
-      copy_tile<kType>(stages + d * cut.stage_bytes, band, cols, ahead.tile);
+#pragma unroll
+      for (int n = 0; n < R; ++n) {
+        copy_tile<kType>(stage + n * cut.stage_bytes, bands.data + n * bands.step, cols,
+                         ahead.tile);
+      }
       ahead.advance(cut, tiles);
     }
     end_copies();
+  };
+  for (int d = 0; d < cut.stages; ++d) {
+    copy_ahead(stages + d * R * cut.stage_bytes);
   }
   if (kWaits) {
     wait_for_previous();
   }
-  float sum[T][N / 2][2][2] = {};
+  float sum[R][T][4] = {};
   u8* stage = stages;
   while (now.v < cut.parts) {
-    const int tile = now.tile, nb = blocks_of_tile<kType>(cols, tile);
-    Inputs early[2][kEarly ? N / 2 : 1][T];
+    const int nb = blocks_of_tile<kType>(cols, now.tile);
+    GroupRows here[T];
+#pragma unroll
+    for (int i = 0; i < T; ++i) {
+      here[i] = rows_from(rows[i], now.tile * 8);
+    }
+    const auto load = [&](int s, Inputs(&to)[T]) {
+#pragma unroll
+      for (int i = 0; i < T; ++i) {
+        to[i] = load_inputs<kLive, kPacked>(here[i], has_whole_tiles<kType>() ? s : min(s, nb - 1));
+      }
+    };
+    Inputs early[kEarly ? 8 : 1][T];
     if (kEarly) {
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-#pragma unroll
-        for (int i = 0; i < T; ++i) {
-          load_inputs<N, kLive>(x, num_blocks, 2 * tile + n / (N / 2), n % (N / 2), rows[i],
-                                early[n / (N / 2)][kEarly ? n % (N / 2) : 0][i]);
-        }
+      for (int s = 0; s < 8; ++s) {
+        load(s, early[kEarly ? s : 0]);
       }
     }
+    float m[R][4] = {}, dm[R][2];
     wait_for_copies(cut.stages - 1);
     __syncwarp();
 #pragma unroll
@@ -237,59 +268,64 @@ __device__ __forceinline__ void dot_tiles(const u8* band, int cols, const Acts& 
       if (!has_whole_tiles<kType>() && half * kUnitBlocks >= nb) {
         break;
       }
-      Unit<kType> unit;
-      load_unit<kType>(stage, stage + tile_bytes<kType>(), nb, half, unit);
-      const Scales<kType> mine = scales_of<kType>(unit, nb, half);
+      Unit<kType> unit[R];
+      Scales<kType> mine[R];
 #pragma unroll
-      for (int p = 0; p < N / 2; ++p) {
-        if (kEarly) {
-          add_tile<kType, N, T, kLive>(unit, mine, p, early[half][kEarly ? p : 0], sum);
-        } else {
-          Inputs inputs[T];
+      for (int n = 0; n < R; ++n) {
+        const u8* tile = stage + n * cut.stage_bytes;
+        load_unit<kType>(tile, tile + tile_bytes<kType>(), nb, half, unit[n]);
+        mine[n] = scales_of<kType>(unit[n], nb, half);
 #pragma unroll
-          for (int i = 0; i < T; ++i) {
-            load_inputs<N, kLive>(x, num_blocks, 2 * tile + half, p, rows[i], inputs[i]);
-          }
-          add_tile<kType, N, T, kLive>(unit, mine, p, inputs, sum);
+        for (int r = 0; r < 2; ++r) {
+          m[n][2 * half + r] = mine[n].m[r];
+          dm[n][r] = mine[n].dm[r];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kUnitBlocks; ++j) {
+        const int s = half * kUnitBlocks + j;
+        Inputs inputs[T];
+        if (!kEarly) {
+          load(s, inputs);
+        }
+#pragma unroll
+        for (int n = 0; n < R; ++n) {
+          add_products<kType, T, kLive>(unit[n], mine[n], j, kEarly ? early[kEarly ? s : 0] : inputs,
+                                        sum[n]);
         }
       }
     }
-    __syncwarp();
-    if (ahead.v < cut.parts) {
-      copy_tile<kType>(stage, band, cols, ahead.tile);
-      ahead.advance(cut, tiles);
+    if constexpr (has_min<kType>()) {
+#pragma unroll
+      for (int n = 0; n < R; ++n) {
+        subtract_minima<T, kLive>(m[n], dm[n], here, nb, sum[n]);
+      }
     }
-    end_copies();
-    stage += cut.stage_bytes;
-    if (stage == stages + cut.stages * cut.stage_bytes) {
+    __syncwarp();
+    copy_ahead(stage);
+    stage += R * cut.stage_bytes;
+    if (stage == stages + cut.stages * R * cut.stage_bytes) {
       stage = stages;
     }
     const int v = now.v;
     now.advance(cut, tiles);
     if (now.v != v) {
-      store_part<N, T, kLive>(sum, part_of(cut, b, v));
 #pragma unroll
-      for (int i = 0; i < T; ++i) {
-#pragma unroll
-        for (int p = 0; p < N / 2; ++p) {
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            sum[i][p][r][0] = sum[i][p][r][1] = 0.0f;
-          }
-        }
+      for (int n = 0; n < R; ++n) {
+        store_part<T, kLive>(sum[n], part_of(cut, bands.first + n, v));
       }
     }
   }
 }
 
-template <int N, int T, int kLive, bool kWaits>
-__device__ __forceinline__ void dot_any(int type, const u8* band, int cols, const Acts& x,
-                                        const TileRows (&rows)[T], int first, const Cut& cut,
-                                        u8* stages, int b) {
+template <int R, int T, int kLive, bool kPacked, bool kWaits>
+__device__ __forceinline__ void dot_any(int type, const Bands& bands, int cols,
+                                        const GroupRows (&rows)[T], int first, const Cut& cut,
+                                        u8* stages) {
   switch (type) {
-#define KT_CASE(t) \
-  case t:          \
-    return dot_tiles<t, N, T, kLive, kWaits>(band, cols, x, rows, first, cut, stages, b);
+#define KT_CASE(t)                                                                                \
+  case t:                                                                                         \
+    return dot_tiles<t, R, T, kLive, kPacked, kWaits>(bands, cols, rows, first, cut, stages);
     KT_TYPES(KT_CASE)
 #undef KT_CASE
   }
@@ -303,41 +339,45 @@ struct Outputs {
   const float* residual;  // [M, rows] added to out[0], or null
 };
 
-// Which matrix a band of all of them belongs to; 3: none. Makes band relative.
-__device__ __forceinline__ int matrix_of(const Outputs& p, int& band) {
+// Which matrix a run of R bands of all of them belongs to; 3: none. Makes `run` relative.
+template <int R>
+__device__ __forceinline__ int matrix_of(const Outputs& p, int& run) {
   int which = 0;
-  while (which < 3 && band >= p.w[which].num_bands) {
-    band -= p.w[which++].num_bands;
+  while (which < 3 && run >= (p.w[which].num_bands + R - 1) / R) {
+    run -= (p.w[which++].num_bands + R - 1) / R;
   }
   return which;
 }
 
-// M <= N * T rows. Each block does blockDim / (32 * split) bands.
-template <int N, int T, int kLive>
+// M <= 8 T rows. Each block does blockDim / (32 * split) runs of R bands.
+template <int R, int T, int kLive>
 __device__ __forceinline__ void multiply(const Outputs& p, const Acts& acts, int M,
                                          const Cut& cut) {
   release_next();
   const int warp = threadIdx.x >> 5, bands = 1 << cut.bands_shift;
-  int band = blockIdx.x * bands + warp / cut.split;
-  const int which = matrix_of(p, band);
+  int run = blockIdx.x * (bands / R) + warp / cut.split;
+  const int which = matrix_of<R>(p, run);
   if (which < 3) {
     const Matrix& w = p.w[which];
-    TileRows rows[T];
+    GroupRows rows[T];  // those beyond M are multiplied and not used
 #pragma unroll
     for (int i = 0; i < T; ++i) {
-      rows[i] = tile_rows<N>([=](int column) { return min(i * N + column, M - 1); });
+      rows[i] = group_rows(acts, [=](int r) { return kLive == 1 ? 0 : i * kGroup + r; });
     }
-    dot_any<N, T, kLive, true>(w.type, w.data + band * w.band_bytes, w.cols, acts, rows,
-                               warp % cut.split, cut, stages_of(cut, warp), warp / cut.split);
+    // Where a run is longer than what is left of the matrix, its last band is computed again.
+    const i64 step = run * R + R <= w.num_bands ? w.band_bytes : 0;
+    dot_any<R, T, kLive, true, true>(
+        w.type, {w.data + run * R * w.band_bytes, step, warp / cut.split * R}, w.cols, rows,
+        warp % cut.split, cut, stages_of<R>(cut, warp));
   } else {
     wait_for_previous();
   }
   __syncthreads();
   for (int at = threadIdx.x; at < bands * M * 16; at += blockDim.x) {
     const int r = at & 15, b = (at >> 4) & (bands - 1), i = at >> (4 + cut.bands_shift);
-    int relative = blockIdx.x * bands + b;
-    const int owner = matrix_of(p, relative);
-    const int row = relative * 16 + r;
+    int relative = blockIdx.x * (bands / R) + b / R;
+    const int owner = matrix_of<R>(p, relative);
+    const int row = (relative * R + b % R) * 16 + r;
     if (owner == 3 || row >= p.w[owner].rows) {
       continue;
     }
@@ -353,16 +393,18 @@ __device__ __forceinline__ void multiply(const Outputs& p, const Acts& acts, int
   }
 }
 
-#define KT_MULTIPLY(M, N, T, LIVE)                          \
+// multiply_M_R: up to M rows, R bands a warp.
+#define KT_MULTIPLY(M, R, T, LIVE)                          \
   extern "C" __global__ void __launch_bounds__(kMaxThreads) \
-      multiply_##M(Outputs p, Acts x, int rows, Cut cut) {  \
-    multiply<N, T, LIVE>(p, x, rows, cut);                  \
+      multiply_##M##_##R(Outputs p, Acts x, int rows, Cut cut) {  \
+    multiply<R, T, LIVE>(p, x, rows, cut);                  \
   }
+KT_MULTIPLY(1, 1, 1, 1)
 KT_MULTIPLY(1, 2, 1, 1)
-KT_MULTIPLY(2, 2, 1, 2)
-KT_MULTIPLY(4, 4, 1, 2)
-KT_MULTIPLY(8, 8, 1, 2)
-KT_MULTIPLY(16, 8, 2, 2)
+KT_MULTIPLY(8, 1, 1, 2)
+KT_MULTIPLY(8, 2, 1, 2)
+KT_MULTIPLY(16, 1, 2, 2)
+KT_MULTIPLY(16, 2, 2, 2)
 
 // The (token, expert) pairs of a step by expert, built by group_pairs.
 struct Groups {
@@ -447,28 +489,25 @@ __device__ __forceinline__ Pairs pairs_of(const Groups& g, int experts) {
   return {expert, g.start[expert], g.start[expert + 1]};
 }
 
-constexpr int kPass = 8;  // pairs of one expert computed per pass over its weights
+constexpr int kPass = kGroup;  // pairs of one expert computed per pass over its weights
 
-// Dot products of m <= kPass pairs with a band; pair(i): the activation row of pair i < m.
+// Dot products of m <= kPass pairs with a band; row(i): the activation row of pair i < m.
 template <bool kWaits, typename Row>
-__device__ __forceinline__ void dot_pairs(int m, int type, const u8* band, int cols, const Acts& x,
-                                          Row row, int first, const Cut& cut, u8* stages, int b) {
-  if (m <= 2) {
-    const TileRows rows[1] = {tile_rows<2>(row)};
-    dot_any<2, 1, 2, kWaits>(type, band, cols, x, rows, first, cut, stages, b);
-  } else if (m <= 4) {
-    const TileRows rows[1] = {tile_rows<4>(row)};
-    dot_any<4, 1, 2, kWaits>(type, band, cols, x, rows, first, cut, stages, b);
+__device__ __forceinline__ void dot_pairs(int m, int type, const Bands& band, int cols,
+                                          const Acts& x, Row row, int first, const Cut& cut,
+                                          u8* stages) {
+  const GroupRows rows[1] = {group_rows(x, [=](int i) { return row(min(i, m - 1)); })};
+  if (m == 1) {
+    dot_any<1, 1, 1, false, kWaits>(type, band, cols, rows, first, cut, stages);
   } else {
-    const TileRows rows[1] = {tile_rows<8>(row)};
-    dot_any<8, 1, 2, kWaits>(type, band, cols, x, rows, first, cut, stages, b);
+    dot_any<1, 1, 2, false, kWaits>(type, band, cols, rows, first, cut, stages);
   }
 }
 template <bool kWaits>
-__device__ __forceinline__ void dot_pair(int type, const u8* band, int cols, const Acts& x, int row,
-                                         int first, const Cut& cut, u8* stages, int b) {
-  const TileRows rows[1] = {tile_rows<2>([=](int) { return row; })};
-  dot_any<2, 1, 1, kWaits>(type, band, cols, x, rows, first, cut, stages, b);
+__device__ __forceinline__ void dot_pair(int type, const Bands& band, int cols, const Acts& x,
+                                         int row, int first, const Cut& cut, u8* stages) {
+  const GroupRows rows[1] = {group_rows(x, [=](int) { return row; })};
+  dot_any<1, 1, 1, false, kWaits>(type, band, cols, rows, first, cut, stages);
 }
 
 // One lane's value of block b of a row, quantised. A warp calls this for a whole block.
@@ -484,14 +523,15 @@ __device__ __forceinline__ void store_quantized(const Acts& to, int row, int b, 
   const int q = __float2int_rn(v * inverse);
   int sum = q;
 #pragma unroll
-  for (int s = 8; s > 0; s >>= 1) {
+  for (int s = 16; s > 0; s >>= 1) {
     sum += __shfl_xor_sync(~0u, sum, s);
   }
-  const int other = __shfl_xor_sync(~0u, sum, 16);
-  const i64 at = (i64)b * to.rows + row;
-  to.q[at * 32 + lane] = (i8)q;
+  const i64 at = place_of(row, to.blocks, b);
+  to.q[(at * kGroup + row % kGroup) * 32 + lane] = (i8)q;
   if (lane == 0) {
-    to.meta[at] = make_float4(scale, scale * sum, scale * other, scale * (sum + other));
+    float* meta = to.meta + at * kMeta + row % kGroup;
+    meta[0] = scale;
+    meta[kGroup] = scale * sum;
   }
 }
 
@@ -507,18 +547,20 @@ __device__ __forceinline__ void gate_up(const Matrix& gate, const Matrix& up, co
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, role = warp / cut.split;
   const bool is_gate = (role & 1) == 0;
   const int type = is_gate ? gate.type : up.type, cols = gate.cols;
-  const u8* band = (is_gate ? gate.data : up.data) +
-                   pairs.expert * (is_gate ? gate.expert_bytes : up.expert_bytes) +
-                   (2 * blockIdx.x + (role >> 1)) * (is_gate ? gate.band_bytes : up.band_bytes);
+  const Bands band = {(is_gate ? gate.data : up.data) +
+                          pairs.expert * (is_gate ? gate.expert_bytes : up.expert_bytes) +
+                          (2 * blockIdx.x + (role >> 1)) *
+                              (is_gate ? gate.band_bytes : up.band_bytes),
+                      0, role};
   for (int at = pairs.first; at < pairs.end; at += kPass) {
     const int m = min(kPass, pairs.end - at);
     if (kRows == 1) {
-      dot_pair<false>(type, band, cols, x, at / top_k, warp % cut.split, cut, stages_of(cut, warp),
-                      warp / cut.split);
+      dot_pair<false>(type, band, cols, x, at / top_k, warp % cut.split, cut,
+                      stages_of<1>(cut, warp));
     } else {
       dot_pairs<false>(
-          m, type, band, cols, x, [=](int i) { return order[at + min(i, m - 1)] / top_k; },
-          warp % cut.split, cut, stages_of(cut, warp), warp / cut.split);
+          m, type, band, cols, x, [=](int i) { return order[at + i] / top_k; }, warp % cut.split,
+          cut, stages_of<1>(cut, warp));
     }
     __syncthreads();
     for (int i = warp; i < m; i += blockDim.x >> 5) {
@@ -541,17 +583,18 @@ __device__ __forceinline__ void down_rows(const Matrix& down, const Acts& h, con
   }
   const int warp = threadIdx.x >> 5, bands = 1 << cut.bands_shift;
   const int band = blockIdx.x * bands + warp / cut.split;
-  const u8* data = down.data + pairs.expert * down.expert_bytes + band * down.band_bytes;
+  const Bands whose = {down.data + pairs.expert * down.expert_bytes + band * down.band_bytes, 0,
+                       warp / cut.split};
   for (int at = pairs.first; at < pairs.end; at += kPass) {
     const int m = min(kPass, pairs.end - at);
     if (band < down.num_bands) {
       if (kRows == 1) {
-        dot_pair<true>(down.type, data, down.cols, h, at, warp % cut.split, cut,
-                       stages_of(cut, warp), warp / cut.split);
+        dot_pair<true>(down.type, whose, down.cols, h, at, warp % cut.split, cut,
+                       stages_of<1>(cut, warp));
       } else {
         dot_pairs<true>(
-            m, down.type, data, down.cols, h, [=](int i) { return at + min(i, m - 1); },
-            warp % cut.split, cut, stages_of(cut, warp), warp / cut.split);
+            m, down.type, whose, down.cols, h, [=](int i) { return at + i; }, warp % cut.split,
+            cut, stages_of<1>(cut, warp));
       }
     }
     __syncthreads();
@@ -569,13 +612,13 @@ __device__ __forceinline__ void down_rows(const Matrix& down, const Acts& h, con
 
 // The kernels below release the next one only once the one before has ended, so that the next may
 // read which experts there are, and ask for their weights, before this one ends.
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     experts_gate_up_1(Matrix gate, Matrix up, Acts x, const int* ids, Cut cut, Acts h) {
   wait_for_previous();
   release_next();
   gate_up<1>(gate, up, x, pairs_of(ids), nullptr, gridDim.y, cut, h);
 }
-extern "C" __global__ void __launch_bounds__(kMaxThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     experts_gate_up_n(Matrix gate, Matrix up, Acts x, Groups g, int experts, int top_k, Cut cut,
                       Acts h) {
   wait_for_previous();
@@ -583,12 +626,12 @@ extern "C" __global__ void __launch_bounds__(kMaxThreads)
   gate_up<kPass>(gate, up, x, pairs_of(g, experts), g.order, top_k, cut, h);
 }
 // These wait for the activations in dot_tiles.
-extern "C" __global__ void __launch_bounds__(kMaxThreads, 2)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     experts_down_1(Matrix down, Acts h, const int* ids, Cut cut, float* y) {
   release_next();
   down_rows<1>(down, h, pairs_of(ids), nullptr, cut, y);
 }
-extern "C" __global__ void __launch_bounds__(kMaxThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     experts_down_n(Matrix down, Acts h, Groups g, int experts, Cut cut, float* y) {
   release_next();
   down_rows<kPass>(down, h, pairs_of(g, experts), g.order, cut, y);

@@ -36,9 +36,12 @@ struct uint4 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
-static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
 
 struct Dim {
   unsigned x, y, z;
@@ -195,6 +198,7 @@ To bits_of(From value) {
 }
 static inline float __int_as_float(int v) { return bits_of<float>(v); }
 static inline float __uint_as_float(u32 v) { return bits_of<float>(v); }
+static inline u32 __float_as_uint(float v) { return bits_of<u32>(v); }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
@@ -230,6 +234,9 @@ static inline void copy_16(u8* to, const u8* from) { std::memcpy(to, from, 16); 
 static inline void end_copies() {}
 static inline void wait_for_copies(int) {}
 
+// What the machine keeps of a number.
+static inline float eleven_bits(float v) { return bits_of<float>(bits_of<u32>(v) & 0xffffe000u); }
+
 static inline void multiply_tile(int (&d)[4], const u32 (&a)[4], uint2 b, const int (&c)[4]) {
   const int lane = threadIdx.x & 31, group = lane & ~3, t = lane & 3;
   int sum[4] = {c[0], c[1], c[2], c[3]};
@@ -247,6 +254,27 @@ static inline void multiply_tile(int (&d)[4], const u32 (&a)[4], uint2 b, const 
           sum[2 * r + i] += static_cast<i8>(row[r + 2 * (j >> 2)] >> shift) *
                             static_cast<i8>(column[j >> 2] >> shift);
         }
+      }
+    }
+  }
+  std::memcpy(d, sum, sizeof(sum));
+}
+
+static inline void multiply_floats(float (&d)[4], const float (&a)[4], float2 b,
+                                   const float (&c)[4]) {
+  const int lane = threadIdx.x & 31, group = lane & ~3, t = lane & 3;
+  float sum[4] = {c[0], c[1], c[2], c[3]};
+  for (int k = 0; k < 4; ++k) {
+    float row[4];
+    for (int i = 0; i < 4; ++i) {
+      row[i] = eleven_bits(__shfl_sync(~0u, a[i], group | k));
+    }
+    for (int i = 0; i < 2; ++i) {
+      const int from = 4 * (2 * t + i) | k;
+      const float low = eleven_bits(__shfl_sync(~0u, b.x, from));
+      const float high = eleven_bits(__shfl_sync(~0u, b.y, from));
+      for (int r = 0; r < 2; ++r) {
+        sum[2 * r + i] += row[r] * low + row[r + 2] * high;
       }
     }
   }

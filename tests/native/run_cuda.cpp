@@ -13,11 +13,12 @@ extern "C" int launch(const char* name, unsigned x, unsigned y, unsigned threads
     emulated::launch(kernel, x, y, threads, arguments); \
     return 1;                                           \
   }
-  KT_KERNEL(multiply_1)
-  KT_KERNEL(multiply_2)
-  KT_KERNEL(multiply_4)
-  KT_KERNEL(multiply_8)
-  KT_KERNEL(multiply_16)
+  KT_KERNEL(multiply_1_1)
+  KT_KERNEL(multiply_1_2)
+  KT_KERNEL(multiply_8_1)
+  KT_KERNEL(multiply_8_2)
+  KT_KERNEL(multiply_16_1)
+  KT_KERNEL(multiply_16_2)
   KT_KERNEL(group_pairs)
   KT_KERNEL(experts_gate_up_1)
   KT_KERNEL(experts_gate_up_n)

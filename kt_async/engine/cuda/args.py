@@ -27,7 +27,7 @@ class MatrixArg(ctypes.Structure):
 class ActsArg(ctypes.Structure):
     """struct Acts of linear.cu."""
 
-    _fields_ = (("q", _PTR), ("meta", _PTR), ("rows", _I32))
+    _fields_ = (("q", _PTR), ("meta", _PTR), ("blocks", _I32))
 
 
 class OutputsArg(ctypes.Structure):

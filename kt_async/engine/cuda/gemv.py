@@ -14,15 +14,17 @@ from typing import Protocol
 import torch
 
 from kt_async.engine.cuda.args import ActsArg, CutArg, GroupsArg, MatrixArg, OutputsArg
-from kt_async.engine.cuda.values import PackedMatrix, address
+from kt_async.engine.cuda.values import PackedMatrix, acts_room, address
 from kt_async.ffi.cuda import KernelArgument
 
-MAX_ROWS = 16  # of one launch
-_KERNEL_ROWS = (1, 2, 4, 8, 16)  # multiply_x takes up to x rows
+MAX_ROWS = 16  # of one launch, whole groups of rows
+_KERNEL_ROWS = (1, 8, 16)  # multiply_x_r takes up to x rows
 _PASS_ROWS = 8  # kPass of linear.cu
 _WARP = 32
 _BAND = 16  # rows
 _TILE = 256  # columns
+_BLOCK = 32
+_META_BYTES = 8  # of a row's block, see Acts in linear.cu
 _PART = 17  # floats of a row of partial sums
 _MAX_STAGES = 2
 _STAGE_BUDGET = 46 << 10  # bytes of shared memory for a block's stages
@@ -72,15 +74,16 @@ class Cut:
     """How a launch is cut. parts alone decides in which order products are added."""
 
     parts: int  # sums of a band, a power of two
-    split: int  # warps that share a band, divides parts
+    split: int  # warps that share a run of bands, divides parts
+    run: int  # bands that a warp does together: 1 or 2
     bands: int  # of a block, a power of two
     stages: int  # tiles in flight for each warp
-    stage_bytes: int
+    stage_bytes: int  # of a band
 
     @property
     def threads(self) -> int:
         """Of a block."""
-        return _WARP * self.split * self.bands
+        return _WARP * self.split * self.bands // self.run
 
     def arg(self, columns: int) -> CutArg:
         """For a kernel whose passes take up to `columns` rows."""
@@ -109,20 +112,21 @@ def cut_for(
     most_split: int,
     bands: int | None = None,
     most_stages: int = _MAX_STAGES,
+    run: int = 1,
 ) -> Cut:
-    """For matrices of the same input. parts: wanted, a power of two; most_split: what suits the
-    number of rows at hand; bands: of a block, None: what suits.
+    """For matrices of the same input. parts: wanted, a power of two; most_split, run: what suits
+    the number of rows at hand; bands: of a block, None: what suits.
     """
     tiles = -(-matrices[0].cols // _TILE)
     parts = min(_floor_power(tiles), parts)
     split = min(parts, most_split)
     stage_bytes = max(_TILE_BYTES[m.type] for m in matrices)
-    while split > 1 and split * (bands or 1) * stage_bytes > _STAGE_BUDGET:
+    while split > 1 and split * (bands or run) * stage_bytes > _STAGE_BUDGET:
         split //= 2
-    in_block = bands or max(1, _BLOCK_WARPS // split)
+    in_block = bands or run * max(1, _BLOCK_WARPS // split)
     room = _STAGE_BUDGET // (stage_bytes * split * in_block)
     stages = max(1, min(most_stages, -(-tiles // split), room))
-    return Cut(parts, split, in_block, stages, stage_bytes)
+    return Cut(parts, split, run, in_block, stages, stage_bytes)
 
 
 def _dense_cut(matrices: Sequence[MatrixArg], rows: int) -> Cut:
@@ -152,7 +156,6 @@ def multiply(
     residual: f32, added to the first product.
     """
     outs = [_empty(m, rows, m.arg.rows) for m in matrices]
-    bands = sum(m.arg.num_bands for m in matrices)
     for first in range(0, rows, MAX_ROWS):
         count = min(MAX_ROWS, rows - first)
         columns = next(n for n in _KERNEL_ROWS if n >= count)
@@ -162,25 +165,26 @@ def multiply(
             arg.out[i] = out[first:].data_ptr()
             arg.bias[i] = address(bias)
         arg.residual = None if residual is None else residual[first:].data_ptr()
-        part = max(2, columns)
         cut = _dense_cut([m.arg for m in matrices], count)
+        runs = sum(-(-m.arg.num_bands // cut.run) for m in matrices)
         ops.launch(
-            f"multiply_{columns}",
-            (-(-bands // cut.bands), 1),
-            [arg, acts_from(acts, first), _I32(count), cut.arg(part)],
+            f"multiply_{columns}_{cut.run}",
+            (-(-runs * cut.run // cut.bands), 1),
+            [arg, acts_from(acts, first), _I32(count), cut.arg(columns)],
             cut.threads,
-            cut.shared_bytes(part),
+            cut.shared_bytes(columns),
         )
     return outs
 
 
-def _empty(beside: PackedMatrix, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=beside.data.device)
+def _empty(beside: PackedMatrix, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=beside.data.device)
 
 
 def acts_from(acts: ActsArg, first: int) -> ActsArg:
-    """The rows from `first` on, which lie side by side in every block."""
-    return ActsArg(acts.q + 32 * first, acts.meta + 16 * first, acts.rows)
+    """The rows from `first` on, a whole number of groups."""
+    skipped = first * acts.blocks
+    return ActsArg(acts.q + _BLOCK * skipped, acts.meta + _META_BYTES * skipped, acts.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +215,7 @@ class Pairs:
     def kernel(self, name: str) -> tuple[str, list[KernelArgument], int]:
         """Kernel, its arguments that name the pairs, columns of a pass."""
         if self.groups is None:
-            return f"{name}_1", [_PTR(self.ids)], 2
+            return f"{name}_1", [_PTR(self.ids)], 1
         return f"{name}_n", [self.groups, _I32(self.experts)], _PASS_ROWS
 
 
@@ -219,8 +223,8 @@ class Pairs:
 class Hidden:
     """silu(gate x) * (up x), quantised; rows are pairs in the order of the groups."""
 
-    q: torch.Tensor  # int8 [I / 32, pairs, 32]
-    meta: torch.Tensor  # f32 [I / 32, pairs, 4], see Acts in linear.cu
+    q: torch.Tensor  # int8 [pairs / 8, I / 32, 8, 32]
+    meta: torch.Tensor  # f32 [pairs / 8, I / 32, 2, 8], see Acts in linear.cu
 
     def arg(self) -> ActsArg:
         """For a kernel."""
@@ -232,10 +236,7 @@ def gate_up(
 ) -> Hidden:
     """The first half of the routed experts; acts: the tokens' rows."""
     width = gate.arg.rows
-    hidden = Hidden(
-        _empty(gate, width // 32, pairs.count, 32, dtype=torch.int8),
-        _empty(gate, width // 32, pairs.count, 4),
-    )
+    hidden = Hidden(*acts_room(pairs.count, width, gate.data.device))
     cut = cut_for(
         [gate.arg, up.arg], _EXPERT_PARTS, pairs.most_split, 4
     )  # two neighbouring bands of each

@@ -30,6 +30,7 @@ from kt_async.engine.cuda.values import (
     StepTensors,
     Weight,
     acts_arg,
+    acts_room,
     address,
     current_stream,
     prepared_arg,
@@ -397,8 +398,7 @@ class CudaOps:
         small = self.few if q is None else q
         out = Rows(self._empty(rows, width) if f32 else None, width)
         if small:
-            out.q = torch.empty((width // 32, rows, 32), dtype=torch.int8, device="cuda")
-            out.meta = torch.empty((width // 32, rows, 4), dtype=torch.float32, device="cuda")
+            out.q, out.meta = acts_room(rows, width, "cuda")
         elif f32:
             out.bf16 = torch.empty((rows, width), dtype=torch.bfloat16, device="cuda")
         return out

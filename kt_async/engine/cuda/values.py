@@ -9,6 +9,8 @@ import torch
 
 from kt_async.engine.cuda.args import ActsArg, MatrixArg, PreparedArg
 
+ACTS_GROUP = 8  # rows: kGroup of linear.cu
+
 # torch.cuda.current_stream() takes ten microseconds, which a prompt's layer would pay 20 times.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _raw_device = getattr(torch._C, "_cuda_getDevice", None)
@@ -81,8 +83,8 @@ class Rows:
     f32: torch.Tensor | None
     width: int
     bf16: torch.Tensor | None = None
-    q: torch.Tensor | None = None  # int8 [width / 32, rows, 32]
-    meta: torch.Tensor | None = None  # f32 [width / 32, rows, 4]: struct Acts of linear.cu
+    q: torch.Tensor | None = None  # int8 [rows / 8, width / 32, 8, 32]: struct Acts of linear.cu
+    meta: torch.Tensor | None = None  # f32 [rows / 8, width / 32, 2, 8]
     norm_of: NormOf | None = None
     sum_of: ExpertSum | WaitingSum | None = None
 
@@ -120,8 +122,16 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 def acts_arg(rows: Rows) -> ActsArg:
     """The int8 form of rows for the kernels; null if there is none."""
-    count = 0 if rows.q is None else rows.q.shape[1]
-    return ActsArg(address(rows.q), address(rows.meta), count)
+    return ActsArg(address(rows.q), address(rows.meta), rows.width // 32)
+
+
+def acts_room(
+    rows: int, width: int, device: str | torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the int8 form of [rows, width], whose rows lie in groups: q and meta of Rows."""
+    shape = (-(-rows // ACTS_GROUP), width // 32, ACTS_GROUP)
+    q = torch.empty((*shape, 32), dtype=torch.int8, device=device)
+    return q, torch.empty((*shape[:2], 2, ACTS_GROUP), dtype=torch.float32, device=device)
 
 
 def prepared_arg(rows: Rows) -> PreparedArg:
