@@ -68,21 +68,30 @@ __device__ __forceinline__ int blocks_of_tile(int cols, int tile) {
   return has_whole_tiles<kType>() ? 8 : min(8, cols / 32 - tile * 8);
 }
 
+// In shared memory the lines of a tile's nb * 256 bytes of low bits (Q8_0: nb * 512) change places
+// so that the lines that lanes t = 0 .. 3 read at once lie in different banks: this is added to the
+// address, bit by bit.
+template <int kType>
+__device__ __forceinline__ int swizzle(int at) {
+  return kType == kQ8_0 ? (at >> 2) & 96 : (at >> 2) & 32;
+}
+
 // A warp starts to copy a tile.
 template <int kType>
 __device__ __forceinline__ void copy_tile(u8* stage, const u8* band, int cols, int tile) {
-  const int lane = threadIdx.x & 31;
+  const int lane = threadIdx.x & 31, nb = blocks_of_tile<kType>(cols, tile);
   const u8* from = tile_at<kType>(band, cols, tile) + 16 * lane;
-  u8* to = stage + 16 * lane;
-  const int bytes = stage_bytes<kType>(blocks_of_tile<kType>(cols, tile));
+  const int bytes = stage_bytes<kType>(nb), low_bytes = nb * (kType == kQ8_0 ? 512 : 256);
+  const int to = 16 * lane, swizzled = to ^ swizzle<kType>(to);  // 512 bytes on it is the same
 #pragma unroll
   for (int at = 0; at < tile_bytes<kType>(); at += 512) {
     if (at + 16 * lane < bytes) {
-      copy_16(to + at, from + at);
+      const bool is_low = has_whole_tiles<kType>() ? at < 2048 : at + to < low_bytes;
+      copy_16(stage + at + (is_low ? swizzled : to), from + at);
     }
   }
   if (kType == kQ6_K && lane < 2) {
-    copy_16(to + tile_bytes<kType>(), band + tile * 32 + 16 * lane);
+    copy_16(stage + to + tile_bytes<kType>(), band + tile * 32 + 16 * lane);
   }
 }
 
@@ -121,8 +130,8 @@ __device__ __forceinline__ void load_scales(const u8* tile, const u8* d, int nb,
   }
 }
 
-// Half 0 or 1 of a tile of nb blocks.
-template <int kType>
+// Half 0 or 1 of a tile of nb blocks. kStaged: in shared memory, as copy_tile leaves it.
+template <int kType, bool kStaged>
 __device__ __forceinline__ void load_unit(const u8* tile, const u8* d, int nb, int half,
                                           Unit<kType>& out) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -132,11 +141,13 @@ __device__ __forceinline__ void load_unit(const u8* tile, const u8* d, int nb, i
     const bool is_there = has_whole_tiles<kType>() || s < nb;
     const uint2 zero = make_uint2(0, 0);
     if constexpr (kType == kQ8_0) {
-      const u8* line = tile + (s * 8 + 2 * t) * 64 + g * 8;
-      out.q[2 * j] = is_there ? pair_at(line) : zero;
-      out.q[2 * j + 1] = is_there ? pair_at(line + 64) : zero;
+      const int line = 2 * t * 64 + g * 8, next = line + 64, turn = kStaged ? swizzle<kType>(line) : 0;
+      out.q[2 * j] = is_there ? pair_at(tile + s * 512 + (line ^ turn)) : zero;
+      out.q[2 * j + 1] = is_there ? pair_at(tile + s * 512 + (next ^ turn)) : zero;
     } else {
-      out.q[j] = is_there ? pair_at(tile + s * 256 + t * 64 + g * 8) : zero;
+      const int line = t * 64 + g * 8;
+      const u8* from = tile + s * 256 + (line ^ (kStaged ? swizzle<kType>(line) : 0));
+      out.q[j] = is_there ? pair_at(from) : zero;
     }
     if constexpr (has_fifth_bit<kType>()) {
       out.top[j] = is_there ? pair_at(tile + nb * 256 + s * 64 + g * 8) : zero;
@@ -290,7 +301,7 @@ __device__ __forceinline__ void decode_unit(const u8* band, int cols, int u, Put
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int tile = u >> 1, nb = blocks_of_tile<kType>(cols, tile), half = u & 1;
   Unit<kType> unit;
-  load_unit<kType>(tile_at<kType>(band, cols, tile), band + tile * 32, nb, half, unit);
+  load_unit<kType, false>(tile_at<kType>(band, cols, tile), band + tile * 32, nb, half, unit);
   const Scales<kType> mine = scales_of<kType>(unit, nb, half);
 #pragma unroll
   for (int j = 0; j < kUnitBlocks; ++j) {

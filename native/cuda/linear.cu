@@ -15,29 +15,29 @@
 constexpr int kThreads = 256;
 constexpr int kMaxThreads = 512;
 
-// How the host cut a launch (engine/cuda/gemv.py). Dynamic shared memory: part_floats partial sums
-// for each part of each band of a block, then for each warp `stages` (1 .. 4) stages of
-// stage_bytes for each of its bands.
+// How the host cut a launch (engine/cuda/gemv.py). Dynamic shared memory: the sums of `sums` bands,
+// part_floats for each part; then for each warp `stages` (1 .. 4) stages of stage_bytes for each of
+// the bands that it computes at once.
 struct Cut {
   int parts, split;  // split divides parts, parts <= tiles
-  int stages, stage_bytes, part_floats;
-  int bands_shift;  // a block does 1 << bands_shift bands
+  int stages, stage_bytes, part_floats, sums;
 };
+constexpr int kColumn = 20;  // floats from one row of activations to the next: keeps banks apart
 
-// Sums of part v of a block's band b: at column * 17 + row.
+// Sums of part v of a block's band b: at column * kColumn + row.
 __device__ __forceinline__ float* part_of(const Cut& cut, int b, int v) {
   return reinterpret_cast<float*>(shared_memory) + (b * cut.parts + v) * cut.part_floats;
 }
 template <int R>
 __device__ __forceinline__ u8* stages_of(const Cut& cut, int warp) {
-  const int sums = (cut.parts * cut.part_floats * 4) << cut.bands_shift;
-  return shared_memory + sums + warp * cut.stages * R * cut.stage_bytes;
+  return shared_memory + cut.parts * cut.part_floats * 4 * cut.sums +
+         warp * cut.stages * R * cut.stage_bytes;
 }
 // A value of a band, its parts added in turn.
 __device__ __forceinline__ float sum_parts(const Cut& cut, int b, int column, int r) {
   float sum = 0.0f;
   for (int v = 0; v < cut.parts; ++v) {
-    sum += part_of(cut, b, v)[column * 17 + r];
+    sum += part_of(cut, b, v)[column * kColumn + r];
   }
   return sum;
 }
@@ -175,20 +175,32 @@ __device__ __forceinline__ void subtract_minima(const float (&m)[4], const float
   }
 }
 
-// The tiles of a warp in turn: those of part v, v + split, ...
-struct TileOrder {
-  int v, tile;
+// Bands first, first + step, ... of a matrix: R from each of them on. Where a run of R is longer
+// than what is left of the matrix, the last band is computed again.
+struct Bands {
+  const u8* data;
+  i64 band_bytes;
+  int first, step, end;
+};
 
-  __device__ __forceinline__ void advance(const Cut& cut, int tiles) {
+// The tiles of a warp in turn: in each run of bands those of part v, v + split, ...
+struct TileOrder {
+  int band, v, tile;
+
+  __device__ __forceinline__ void advance(const Cut& cut, int tiles, int first, int step) {
     tile += cut.parts;
     if (tile >= tiles) {
       v += cut.split;
+      if (v >= cut.parts) {
+        v = first;
+        band += step;
+      }
       tile = v;
     }
   }
 };
 
-// Leaves a part's sums of T groups of rows in part[column * 17 + row] and clears them.
+// Leaves a part's sums of T groups of rows in part[column * kColumn + row] and clears them.
 template <int T, int kLive>
 __device__ __forceinline__ void store_part(float (&sum)[T][4], float* part) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -197,50 +209,43 @@ __device__ __forceinline__ void store_part(float (&sum)[T][4], float* part) {
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       if ((n & 1) < kLive && (kLive == 2 || t == 0)) {
-        part[(i * kGroup + 2 * t + (n & 1)) * 17 + 2 * g + (n >> 1)] = sum[i][n];
+        part[(i * kGroup + 2 * t + (n & 1)) * kColumn + 2 * g + (n >> 1)] = sum[i][n];
       }
       sum[i][n] = 0.0f;
     }
   }
 }
 
-// Whose bands a warp computes and where their sums go: R bands, `step` bytes apart, the first of
-// them number `first` of the block.
-struct Bands {
-  const u8* data;
-  i64 step;
-  int first;
-};
-
-// Dot products of the parts first, first + split, ... of R bands with T groups of rows. kLive: 1 if
-// there is one row alone. kWaits: the activations come from the kernel before, the weights do not.
-template <int kType, int R, int T, int kLive, bool kPacked, bool kWaits>
-__device__ __forceinline__ void dot_tiles(const Bands& bands, int cols,
-                                          const GroupRows (&rows)[T], int first, const Cut& cut,
-                                          u8* stages) {
+// Dot products of a warp's parts first, first + split, ... of runs of R bands with T groups of rows.
+// put(n, v): where part v of a run's band n belongs; done(band) after all parts of a run. kLive: 1
+// if there is one row alone. waits: the activations come from the kernel before, the weights do not.
+template <int kType, int R, int T, int kLive, bool kPacked, typename Put, typename Done>
+__device__ __forceinline__ void dot_tiles(const Bands& bands, int cols, const GroupRows (&rows)[T],
+                                          int first, const Cut& cut, u8* stages, bool waits,
+                                          Put put, Done done) {
   const int tiles = (cols + 255) / 256;
   constexpr bool kEarly = R * T == 1;  // few enough registers for a tile's inputs
-  TileOrder ahead = {first, first}, now = ahead;
+  TileOrder ahead = {bands.first, first, first}, now = ahead;
   const auto copy_ahead = [&](u8* stage) {
-    if (ahead.v < cut.parts) {
+    if (ahead.band < bands.end) {
 #pragma unroll
       for (int n = 0; n < R; ++n) {
-        copy_tile<kType>(stage + n * cut.stage_bytes, bands.data + n * bands.step, cols,
-                         ahead.tile);
+        const u8* band = bands.data + min(ahead.band + n, bands.end - 1) * bands.band_bytes;
+        copy_tile<kType>(stage + n * cut.stage_bytes, band, cols, ahead.tile);
       }
-      ahead.advance(cut, tiles);
+      ahead.advance(cut, tiles, first, bands.step);
     }
     end_copies();
   };
   for (int d = 0; d < cut.stages; ++d) {
     copy_ahead(stages + d * R * cut.stage_bytes);
   }
-  if (kWaits) {
+  if (waits) {
     wait_for_previous();
   }
   float sum[R][T][4] = {};
   u8* stage = stages;
-  while (now.v < cut.parts) {
+  while (now.band < bands.end) {
     const int nb = blocks_of_tile<kType>(cols, now.tile);
     GroupRows here[T];
 #pragma unroll
@@ -273,7 +278,7 @@ __device__ __forceinline__ void dot_tiles(const Bands& bands, int cols,
 #pragma unroll
       for (int n = 0; n < R; ++n) {
         const u8* tile = stage + n * cut.stage_bytes;
-        load_unit<kType>(tile, tile + tile_bytes<kType>(), nb, half, unit[n]);
+        load_unit<kType, true>(tile, tile + tile_bytes<kType>(), nb, half, unit[n]);
         mine[n] = scales_of<kType>(unit[n], nb, half);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -307,25 +312,29 @@ __device__ __forceinline__ void dot_tiles(const Bands& bands, int cols,
     if (stage == stages + cut.stages * R * cut.stage_bytes) {
       stage = stages;
     }
-    const int v = now.v;
-    now.advance(cut, tiles);
-    if (now.v != v) {
+    const int v = now.v, band = now.band;
+    now.advance(cut, tiles, first, bands.step);
+    if (now.v != v || now.band != band) {
 #pragma unroll
       for (int n = 0; n < R; ++n) {
-        store_part<T, kLive>(sum[n], part_of(cut, bands.first + n, v));
+        store_part<T, kLive>(sum[n], put(n, v));
+      }
+      if (now.band != band) {
+        done(band);
       }
     }
   }
 }
 
-template <int R, int T, int kLive, bool kPacked, bool kWaits>
+template <int R, int T, int kLive, bool kPacked, typename Put, typename Done>
 __device__ __forceinline__ void dot_any(int type, const Bands& bands, int cols,
                                         const GroupRows (&rows)[T], int first, const Cut& cut,
-                                        u8* stages) {
+                                        u8* stages, bool waits, Put put, Done done) {
   switch (type) {
-#define KT_CASE(t)                                                                                \
-  case t:                                                                                         \
-    return dot_tiles<t, R, T, kLive, kPacked, kWaits>(bands, cols, rows, first, cut, stages);
+#define KT_CASE(t)                                                                            \
+  case t:                                                                                     \
+    return dot_tiles<t, R, T, kLive, kPacked>(bands, cols, rows, first, cut, stages, waits, put, \
+                                              done);
     KT_TYPES(KT_CASE)
 #undef KT_CASE
   }
@@ -339,65 +348,78 @@ struct Outputs {
   const float* residual;  // [M, rows] added to out[0], or null
 };
 
-// Which matrix a run of R bands of all of them belongs to; 3: none. Makes `run` relative.
+// Adds the parts of R bands from `band` on and stores their products with M rows.
 template <int R>
-__device__ __forceinline__ int matrix_of(const Outputs& p, int& run) {
-  int which = 0;
-  while (which < 3 && run >= (p.w[which].num_bands + R - 1) / R) {
-    run -= (p.w[which++].num_bands + R - 1) / R;
+__device__ __forceinline__ void store_bands(const Outputs& p, int which, int band, int M,
+                                            const Cut& cut) {
+  const int rows = p.w[which].rows;
+  const float *bias = p.bias[which], *residual = which == 0 ? p.residual : nullptr;
+  for (int at = threadIdx.x; at < R * M * 4; at += blockDim.x) {
+    const int n = (at >> 2) % R, i = (at >> 2) / R, r = 4 * (at & 3);
+    float sum[4] = {};
+    for (int v = 0; v < cut.parts; ++v) {
+      const float4 part = *reinterpret_cast<const float4*>(part_of(cut, n, v) + i * kColumn + r);
+      sum[0] += part.x;
+      sum[1] += part.y;
+      sum[2] += part.z;
+      sum[3] += part.w;
+    }
+    const int row = (band + n) * 16 + r;
+    const i64 to = (i64)i * rows + row;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (row + k < rows) {
+        if (bias != nullptr) {
+          sum[k] += bias[row + k];
+        }
+        p.out[which][to + k] = residual == nullptr ? sum[k] : sum[k] + residual[to + k];
+      }
+    }
   }
-  return which;
 }
 
-// M <= 8 T rows. Each block does blockDim / (32 * split) runs of R bands.
+// M <= 8 T rows. A block computes runs of R bands, blockIdx.x, blockIdx.x + gridDim.x, ... of all
+// matrices; it asks for a run's weights while it is busy with the ones before.
 template <int R, int T, int kLive>
 __device__ __forceinline__ void multiply(const Outputs& p, const Acts& acts, int M,
                                          const Cut& cut) {
   release_next();
-  const int warp = threadIdx.x >> 5, bands = 1 << cut.bands_shift;
-  int run = blockIdx.x * (bands / R) + warp / cut.split;
-  const int which = matrix_of<R>(p, run);
-  if (which < 3) {
-    const Matrix& w = p.w[which];
-    GroupRows rows[T];  // those beyond M are multiplied and not used
+  const int warp = threadIdx.x >> 5, grid = gridDim.x;
+  GroupRows rows[T];  // those beyond M are multiplied and not used
 #pragma unroll
-    for (int i = 0; i < T; ++i) {
-      rows[i] = group_rows(acts, [=](int r) { return kLive == 1 ? 0 : i * kGroup + r; });
-    }
-    // Where a run is longer than what is left of the matrix, its last band is computed again.
-    const i64 step = run * R + R <= w.num_bands ? w.band_bytes : 0;
-    dot_any<R, T, kLive, true, true>(
-        w.type, {w.data + run * R * w.band_bytes, step, warp / cut.split * R}, w.cols, rows,
-        warp % cut.split, cut, stages_of<R>(cut, warp));
-  } else {
-    wait_for_previous();
+  for (int i = 0; i < T; ++i) {
+    rows[i] = group_rows(acts, [=](int r) { return kLive == 1 ? 0 : i * kGroup + r; });
   }
-  __syncthreads();
-  for (int at = threadIdx.x; at < bands * M * 16; at += blockDim.x) {
-    const int r = at & 15, b = (at >> 4) & (bands - 1), i = at >> (4 + cut.bands_shift);
-    int relative = blockIdx.x * (bands / R) + b / R;
-    const int owner = matrix_of<R>(p, relative);
-    const int row = (relative * R + b % R) * 16 + r;
-    if (owner == 3 || row >= p.w[owner].rows) {
-      continue;
+  bool waits = true;
+  int run = blockIdx.x;
+  for (int which = 0; which < 3 && p.w[which].num_bands > 0; ++which) {
+    const Matrix& w = p.w[which];
+    const int runs = (w.num_bands + R - 1) / R;
+    if (run < runs) {
+      const auto put = [&](int n, int v) { return part_of(cut, n, v); };
+      const auto done = [&](int band) {
+        __syncthreads();
+        store_bands<R>(p, which, band, M, cut);
+        __syncthreads();
+      };
+      dot_any<R, T, kLive, true>(w.type, {w.data, w.band_bytes, run * R, grid * R, w.num_bands},
+                                 w.cols, rows, warp, cut, stages_of<R>(cut, warp), waits, put,
+                                 done);
+      waits = false;
+      run += (runs - run + grid - 1) / grid * grid;
     }
-    float sum = sum_parts(cut, b, i, r);
-    if (p.bias[owner] != nullptr) {
-      sum += p.bias[owner][row];
-    }
-    const i64 to = (i64)i * p.w[owner].rows + row;
-    if (owner == 0 && p.residual != nullptr) {
-      sum += p.residual[to];
-    }
-    p.out[owner][to] = sum;
+    run -= runs;
+  }
+  if (waits) {
+    wait_for_previous();
   }
 }
 
 // multiply_M_R: up to M rows, R bands a warp.
-#define KT_MULTIPLY(M, R, T, LIVE)                          \
-  extern "C" __global__ void __launch_bounds__(kMaxThreads) \
-      multiply_##M##_##R(Outputs p, Acts x, int rows, Cut cut) {  \
-    multiply<R, T, LIVE>(p, x, rows, cut);                  \
+#define KT_MULTIPLY(M, R, T, LIVE)                               \
+  extern "C" __global__ void __launch_bounds__(kMaxThreads)      \
+      multiply_##M##_##R(Outputs p, Acts x, int rows, Cut cut) { \
+    multiply<R, T, LIVE>(p, x, rows, cut);                       \
   }
 KT_MULTIPLY(1, 1, 1, 1)
 KT_MULTIPLY(1, 2, 1, 1)
@@ -491,23 +513,29 @@ __device__ __forceinline__ Pairs pairs_of(const Groups& g, int experts) {
 
 constexpr int kPass = kGroup;  // pairs of one expert computed per pass over its weights
 
+// Whose products a warp computes for an expert: band `band` of a block's, of this type, data and
+// columns; parts first, first + split, ...
+struct Share {
+  int type;
+  const u8* data;
+  int cols, band, first;
+};
+
 // Dot products of m <= kPass pairs with a band; row(i): the activation row of pair i < m.
-template <bool kWaits, typename Row>
-__device__ __forceinline__ void dot_pairs(int m, int type, const Bands& band, int cols,
-                                          const Acts& x, Row row, int first, const Cut& cut,
-                                          u8* stages) {
-  const GroupRows rows[1] = {group_rows(x, [=](int i) { return row(min(i, m - 1)); })};
-  if (m == 1) {
-    dot_any<1, 1, 1, false, kWaits>(type, band, cols, rows, first, cut, stages);
+template <bool kOne, typename Row>
+__device__ __forceinline__ void dot_pairs(int m, const Share& share, const Acts& x, Row row,
+                                          const Cut& cut, u8* stages, bool waits) {
+  const GroupRows rows[1] = {group_rows(x, [=](int i) { return row(kOne ? 0 : min(i, m - 1)); })};
+  const Bands bands = {share.data, 0, 0, 1, 1};
+  const auto put = [&](int, int v) { return part_of(cut, share.band, v); };
+  const auto done = [](int) {};
+  if (kOne || m == 1) {
+    dot_any<1, 1, 1, false>(share.type, bands, share.cols, rows, share.first, cut, stages, waits,
+                            put, done);
   } else {
-    dot_any<1, 1, 2, false, kWaits>(type, band, cols, rows, first, cut, stages);
+    dot_any<1, 1, 2, false>(share.type, bands, share.cols, rows, share.first, cut, stages, waits,
+                            put, done);
   }
-}
-template <bool kWaits>
-__device__ __forceinline__ void dot_pair(int type, const Bands& band, int cols, const Acts& x,
-                                         int row, int first, const Cut& cut, u8* stages) {
-  const GroupRows rows[1] = {group_rows(x, [=](int) { return row; })};
-  dot_any<1, 1, 1, false, kWaits>(type, band, cols, rows, first, cut, stages);
 }
 
 // One lane's value of block b of a row, quantised. A warp calls this for a whole block.
@@ -545,23 +573,17 @@ __device__ __forceinline__ void gate_up(const Matrix& gate, const Matrix& up, co
     return;
   }
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, role = warp / cut.split;
-  const bool is_gate = (role & 1) == 0;
-  const int type = is_gate ? gate.type : up.type, cols = gate.cols;
-  const Bands band = {(is_gate ? gate.data : up.data) +
-                          pairs.expert * (is_gate ? gate.expert_bytes : up.expert_bytes) +
-                          (2 * blockIdx.x + (role >> 1)) *
-                              (is_gate ? gate.band_bytes : up.band_bytes),
-                      0, role};
+  const Matrix& w = (role & 1) == 0 ? gate : up;
+  const Share share = {w.type,
+                       w.data + pairs.expert * w.expert_bytes +
+                           (2 * blockIdx.x + (role >> 1)) * w.band_bytes,
+                       gate.cols, role, warp % cut.split};
   for (int at = pairs.first; at < pairs.end; at += kPass) {
     const int m = min(kPass, pairs.end - at);
-    if (kRows == 1) {
-      dot_pair<false>(type, band, cols, x, at / top_k, warp % cut.split, cut,
-                      stages_of<1>(cut, warp));
-    } else {
-      dot_pairs<false>(
-          m, type, band, cols, x, [=](int i) { return order[at + i] / top_k; }, warp % cut.split,
-          cut, stages_of<1>(cut, warp));
-    }
+    dot_pairs<kRows == 1>(
+        m, share, x,
+        [=](int i) { return (kRows == 1 ? at : order[at + i]) / top_k; },
+        cut, stages_of<1>(cut, warp), false);
     __syncthreads();
     for (int i = warp; i < m; i += blockDim.x >> 5) {
       const int role_of_lane = 2 * (lane >> 4);
@@ -581,25 +603,20 @@ __device__ __forceinline__ void down_rows(const Matrix& down, const Acts& h, con
     wait_for_previous();
     return;
   }
-  const int warp = threadIdx.x >> 5, bands = 1 << cut.bands_shift;
+  const int warp = threadIdx.x >> 5, bands = cut.sums;
   const int band = blockIdx.x * bands + warp / cut.split;
-  const Bands whose = {down.data + pairs.expert * down.expert_bytes + band * down.band_bytes, 0,
-                       warp / cut.split};
+  const Share share = {down.type,
+                       down.data + pairs.expert * down.expert_bytes + band * down.band_bytes,
+                       down.cols, warp / cut.split, warp % cut.split};
   for (int at = pairs.first; at < pairs.end; at += kPass) {
     const int m = min(kPass, pairs.end - at);
     if (band < down.num_bands) {
-      if (kRows == 1) {
-        dot_pair<true>(down.type, whose, down.cols, h, at, warp % cut.split, cut,
-                       stages_of<1>(cut, warp));
-      } else {
-        dot_pairs<true>(
-            m, down.type, whose, down.cols, h, [=](int i) { return at + i; }, warp % cut.split,
-            cut, stages_of<1>(cut, warp));
-      }
+      dot_pairs<kRows == 1>(
+          m, share, h, [=](int i) { return at + i; }, cut, stages_of<1>(cut, warp), true);
     }
     __syncthreads();
     for (int n = threadIdx.x; n < bands * m * 16; n += blockDim.x) {
-      const int r = n & 15, b = (n >> 4) & (bands - 1), i = n >> (4 + cut.bands_shift);
+      const int r = n & 15, b = (n >> 4) % bands, i = (n >> 4) / bands;
       const int row = (blockIdx.x * bands + b) * 16 + r;
       if (row < down.rows) {
         const i64 pair = kRows == 1 ? at : order[at + i];

@@ -50,7 +50,7 @@ class CutArg(ctypes.Structure):
         ("stages", _I32),
         ("stage_bytes", _I32),
         ("part_floats", _I32),
-        ("bands_shift", _I32),
+        ("sums", _I32),
     )
 
 

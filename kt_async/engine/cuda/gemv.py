@@ -25,16 +25,18 @@ _BAND = 16  # rows
 _TILE = 256  # columns
 _BLOCK = 32
 _META_BYTES = 8  # of a row's block, see Acts in linear.cu
-_PART = 17  # floats of a row of partial sums
+_COLUMN = 20  # floats of a row of partial sums: kColumn of linear.cu
 _MAX_STAGES = 2
-_STAGE_BUDGET = 46 << 10  # bytes of shared memory for a block's stages
+_STAGE_BUDGET = 72 << 10  # bytes of shared memory for a block's stages
 _BLOCK_WARPS = 4
 _MOST_PARTS = 16
-_LEAST_PARTS = 4
-_SPLIT_OF_ROWS = ((2, 1), (4, 2), (16, 4))  # rows up to .., least split
+_LEAST_PARTS = 8
 _WARPS_WANTED = 2048  # of a launch
 _EXPERT_PARTS = 2
 _DEQUANTIZE_WARPS = 8
+_RESIDENT_WARPS = 16  # of a multiprocessor: the kernels take at most 128 registers
+_BANDS_FOR_PAIRS = 256
+_BLOCKS_WITHOUT_GPU = 2
 
 # Bytes of a tile of 256 columns in shared memory; Q6_K: and its d.
 _TILE_BYTES = {
@@ -75,67 +77,70 @@ class Cut:
 
     parts: int  # sums of a band, a power of two
     split: int  # warps that share a run of bands, divides parts
-    run: int  # bands that a warp does together: 1 or 2
-    bands: int  # of a block, a power of two
+    teams: int  # of split warps in a block
+    run: int  # bands that a team does together: 1 or 2
+    sums: int  # bands whose sums a block holds
     stages: int  # tiles in flight for each warp
     stage_bytes: int  # of a band
 
     @property
     def threads(self) -> int:
         """Of a block."""
-        return _WARP * self.split * self.bands // self.run
+        return _WARP * self.split * self.teams
 
     def arg(self, columns: int) -> CutArg:
         """For a kernel whose passes take up to `columns` rows."""
         return CutArg(
-            self.parts,
-            self.split,
-            self.stages,
-            self.stage_bytes,
-            _part_floats(columns),
-            self.bands.bit_length() - 1,
+            self.parts, self.split, self.stages, self.stage_bytes, _part_floats(columns), self.sums
         )
 
     def shared_bytes(self, columns: int) -> int:
         """Of a block: sums of parts and stages."""
-        sums = 4 * self.parts * _part_floats(columns)
-        return self.bands * (sums + self.split * self.stages * self.stage_bytes)
+        sums = 4 * self.parts * _part_floats(columns) * self.sums
+        return sums + self.split * self.teams * self.stages * self.run * self.stage_bytes
 
 
 def _part_floats(columns: int) -> int:
-    return -(-columns * _PART // 4) * 4
+    return columns * _COLUMN
 
 
-def cut_for(
-    matrices: Sequence[MatrixArg],
-    parts: int,
-    most_split: int,
-    bands: int | None = None,
-    most_stages: int = _MAX_STAGES,
-    run: int = 1,
-) -> Cut:
-    """For matrices of the same input. parts: wanted, a power of two; most_split, run: what suits
-    the number of rows at hand; bands: of a block, None: what suits.
-    """
+def _parts_and_bytes(matrices: Sequence[MatrixArg], parts: int) -> tuple[int, int]:
+    """Parts of a band where `parts` are wanted, and the bytes of a tile."""
     tiles = -(-matrices[0].cols // _TILE)
-    parts = min(_floor_power(tiles), parts)
+    return min(_floor_power(tiles), parts), max(_TILE_BYTES[m.type] for m in matrices)
+
+
+def _experts_cut(matrices: Sequence[MatrixArg], most_split: int, bands: int | None) -> Cut:
+    """For experts' matrices with the same input. bands: of a block, None: what suits."""
+    parts, stage_bytes = _parts_and_bytes(matrices, _EXPERT_PARTS)
     split = min(parts, most_split)
-    stage_bytes = max(_TILE_BYTES[m.type] for m in matrices)
-    while split > 1 and split * (bands or run) * stage_bytes > _STAGE_BUDGET:
-        split //= 2
-    in_block = bands or run * max(1, _BLOCK_WARPS // split)
-    room = _STAGE_BUDGET // (stage_bytes * split * in_block)
-    stages = max(1, min(most_stages, -(-tiles // split), room))
-    return Cut(parts, split, run, in_block, stages, stage_bytes)
+    teams = bands or _BLOCK_WARPS // split
+    tiles = -(-matrices[0].cols // _TILE)
+    stages = 1 if bands is None else min(_MAX_STAGES, -(-tiles // split))
+    while stages > 1 and split * teams * stages * stage_bytes > _STAGE_BUDGET:
+        stages -= 1
+    return Cut(parts, split, teams, 1, teams, stages, stage_bytes)
 
 
 def _dense_cut(matrices: Sequence[MatrixArg], rows: int) -> Cut:
-    """Few bands are split between more warps, so that the memory of a large GPU is busy; with many
-    rows neighbouring warps share the activations that they load. Measured on an H200."""
+    """Few bands are split between more warps, so that the memory of a large GPU is busy; many are
+    done two at a time, which share what is read of the activations. Measured on an H200."""
+    del rows
     bands = sum(m.num_bands for m in matrices)
-    wanted = min(_MOST_PARTS, _floor_power(_WARPS_WANTED // bands))
-    least = next(split for most_rows, split in _SPLIT_OF_ROWS if rows <= most_rows)
-    return cut_for(matrices, max(_LEAST_PARTS, wanted), max(least, wanted))
+    wanted = max(_LEAST_PARTS, min(_MOST_PARTS, _floor_power(_WARPS_WANTED // bands)))
+    parts, stage_bytes = _parts_and_bytes(matrices, wanted)
+    run = 2 if bands >= _BANDS_FOR_PAIRS else 1
+    stages = max(1, min(_MAX_STAGES, _STAGE_BUDGET // (stage_bytes * parts * run)))
+    return Cut(parts, parts, 1, run, run, stages, stage_bytes)
+
+
+def _most_blocks(matrix: PackedMatrix, cut: Cut) -> int:
+    """Blocks that run at once."""
+    device = matrix.data.device
+    if device.type != "cuda":
+        return _BLOCKS_WITHOUT_GPU
+    each = max(1, _RESIDENT_WARPS // cut.split)
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _floor_power(number: int) -> int:
@@ -169,7 +174,7 @@ def multiply(
         runs = sum(-(-m.arg.num_bands // cut.run) for m in matrices)
         ops.launch(
             f"multiply_{columns}_{cut.run}",
-            (-(-runs * cut.run // cut.bands), 1),
+            (min(runs, _most_blocks(matrices[0], cut)), 1),
             [arg, acts_from(acts, first), _I32(count), cut.arg(columns)],
             cut.threads,
             cut.shared_bytes(columns),
@@ -237,9 +242,7 @@ def gate_up(
     """The first half of the routed experts; acts: the tokens' rows."""
     width = gate.arg.rows
     hidden = Hidden(*acts_room(pairs.count, width, gate.data.device))
-    cut = cut_for(
-        [gate.arg, up.arg], _EXPERT_PARTS, pairs.most_split, 4
-    )  # two neighbouring bands of each
+    cut = _experts_cut([gate.arg, up.arg], pairs.most_split, 4)  # two neighbouring bands of each
     name, which, columns = pairs.kernel("experts_gate_up")
     top_k = [] if pairs.groups is None else [_I32(pairs.top_k)]
     ops.launch(
@@ -255,11 +258,11 @@ def gate_up(
 def down(ops: Launcher, hidden: Hidden, pairs: Pairs, matrix: PackedMatrix) -> torch.Tensor:
     """f32 [pairs, H], not weighted."""
     out = _empty(matrix, pairs.count, matrix.arg.rows)
-    cut = cut_for([matrix.arg], _EXPERT_PARTS, pairs.most_split, most_stages=1)
+    cut = _experts_cut([matrix.arg], pairs.most_split, None)
     name, which, columns = pairs.kernel("experts_down")
     ops.launch(
         name,
-        (-(-matrix.arg.num_bands // cut.bands), pairs.most_active),
+        (-(-matrix.arg.num_bands // cut.teams), pairs.most_active),
         [matrix.arg, hidden.arg(), *which, cut.arg(columns), _PTR(out.data_ptr())],
         cut.threads,
         cut.shared_bytes(columns),
