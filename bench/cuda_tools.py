@@ -127,8 +127,15 @@ class Acts:
 
     def scales(self) -> torch.Tensor:
         """f64 [M, cols]: what one step of q is worth."""
-        scale = self.meta[:, :, 0].double().transpose(1, 2)
-        return scale.reshape(-1, scale.shape[2])[: self.rows].repeat_interleave(32, dim=1)
+        return self._by_row(0).repeat_interleave(32, dim=1)
+
+    def sums(self) -> torch.Tensor:
+        """f64 [M, cols / 32]: of a block's values."""
+        return self._by_row(1)
+
+    def _by_row(self, which: int) -> torch.Tensor:
+        found = self.meta[:, :, which].double().transpose(1, 2)
+        return found.reshape(-1, found.shape[2])[: self.rows]
 
     def values(self) -> torch.Tensor:
         """f64 [M, cols]."""

@@ -116,9 +116,9 @@ __device__ __forceinline__ void multiply_tile(int (&d)[4], const u32 (&a)[4], ui
 #endif
 }
 
-// d = c + a b: 16 x 8 numbers times 8 x 8, of 11 significant bits each. Lane 4 g + t holds of a rows
-// g (a[0], a[2]) and g + 8 (a[1], a[3]), columns t (a[0], a[1]) and t + 4; of b column g, rows t and
-// t + 4; of c and d what multiply_tile says.
+// d = c + a b: 16 x 8 numbers times 8 x 8, of 11 significant bits each. Lane 4 g + t holds of a
+// rows g (a[0], a[2]) and g + 8 (a[1], a[3]), columns t (a[0], a[1]) and t + 4; of b column g, rows
+// t and t + 4; of c and d what multiply_tile says.
 __device__ __forceinline__ void multiply_floats(float (&d)[4], const float (&a)[4], float2 b,
                                                 const float (&c)[4]) {
 #if __CUDA_ARCH__ >= 800
@@ -126,8 +126,8 @@ __device__ __forceinline__ void multiply_floats(float (&d)[4], const float (&a)[
       "{%8, %9}, {%10, %11, %12, %13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)),
-        "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)), "f"(c[0]),
+        "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
   const int lane = threadIdx.x & 31, group = lane & ~3, t = lane & 3;
   float sum[4] = {c[0], c[1], c[2], c[3]};

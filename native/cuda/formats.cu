@@ -141,7 +141,8 @@ __device__ __forceinline__ void load_unit(const u8* tile, const u8* d, int nb, i
     const bool is_there = has_whole_tiles<kType>() || s < nb;
     const uint2 zero = make_uint2(0, 0);
     if constexpr (kType == kQ8_0) {
-      const int line = 2 * t * 64 + g * 8, next = line + 64, turn = kStaged ? swizzle<kType>(line) : 0;
+      const int line = 2 * t * 64 + g * 8, next = line + 64,
+                turn = kStaged ? swizzle<kType>(line) : 0;
       out.q[2 * j] = is_there ? pair_at(tile + s * 512 + (line ^ turn)) : zero;
       out.q[2 * j + 1] = is_there ? pair_at(tile + s * 512 + (next ^ turn)) : zero;
     } else {

@@ -8,9 +8,10 @@
 // eight rows of activations in integer matrix instructions, which read them once for R bands.
 // Integer dots of a block are exact; the f32 part of a block is
 //     sum += scale_x * (s * dot)
-// and after each tile sum -= dm * (m * sum_x of its blocks). Tiles are added in an order that depends on the matrix alone: a band has `parts` sums, part
-// v of tiles v, v + parts, ..., block after block; then the parts in turn. A row's result is
-// therefore the same whatever runs beside it.
+// and after each tile sum -= dm * (m * sum_x of its blocks). Tiles are added in an order that
+// depends on the matrix alone: a band has `parts` sums, part v of tiles v, v + parts, ..., block
+// after block; then the parts in turn. A row's result is therefore the same whatever runs beside
+// it.
 
 constexpr int kThreads = 256;
 constexpr int kMaxThreads = 512;
@@ -42,8 +43,8 @@ __device__ __forceinline__ float sum_parts(const Cut& cut, int b, int column, in
   return sum;
 }
 
-// Quantised activations [M, cols] in groups of eight rows and 32-column blocks, so that a lane finds
-// all blocks of its rows at constant distances.
+// Quantised activations [M, cols] in groups of eight rows and 32-column blocks, so that a lane
+// finds all blocks of its rows at constant distances.
 constexpr int kGroup = 8;  // rows
 constexpr int kMeta = 2 * kGroup;
 struct Acts {
@@ -216,9 +217,10 @@ __device__ __forceinline__ void store_part(float (&sum)[T][4], float* part) {
   }
 }
 
-// Dot products of a warp's parts first, first + split, ... of runs of R bands with T groups of rows.
-// put(n, v): where part v of a run's band n belongs; done(band) after all parts of a run. kLive: 1
-// if there is one row alone. waits: the activations come from the kernel before, the weights do not.
+// Dot products of a warp's parts first, first + split, ... of runs of R bands with T groups of
+// rows. put(n, v): where part v of a run's band n belongs; done(band) after all parts of a run.
+// kLive: 1 if there is one row alone. waits: the activations come from the kernel before, the
+// weights do not.
 template <int kType, int R, int T, int kLive, bool kPacked, typename Put, typename Done>
 __device__ __forceinline__ void dot_tiles(const Bands& bands, int cols, const GroupRows (&rows)[T],
                                           int first, const Cut& cut, u8* stages, bool waits,
@@ -295,8 +297,8 @@ __device__ __forceinline__ void dot_tiles(const Bands& bands, int cols, const Gr
         }
 #pragma unroll
         for (int n = 0; n < R; ++n) {
-          add_products<kType, T, kLive>(unit[n], mine[n], j, kEarly ? early[kEarly ? s : 0] : inputs,
-                                        sum[n]);
+          add_products<kType, T, kLive>(unit[n], mine[n], j,
+                                        kEarly ? early[kEarly ? s : 0] : inputs, sum[n]);
         }
       }
     }
@@ -331,8 +333,8 @@ __device__ __forceinline__ void dot_any(int type, const Bands& bands, int cols,
                                         const GroupRows (&rows)[T], int first, const Cut& cut,
                                         u8* stages, bool waits, Put put, Done done) {
   switch (type) {
-#define KT_CASE(t)                                                                            \
-  case t:                                                                                     \
+#define KT_CASE(t)                                                                               \
+  case t:                                                                                        \
     return dot_tiles<t, R, T, kLive, kPacked>(bands, cols, rows, first, cut, stages, waits, put, \
                                               done);
     KT_TYPES(KT_CASE)
@@ -348,38 +350,9 @@ struct Outputs {
   const float* residual;  // [M, rows] added to out[0], or null
 };
 
-// Adds the parts of R bands from `band` on and stores their products with M rows.
-template <int R>
-__device__ __forceinline__ void store_bands(const Outputs& p, int which, int band, int M,
-                                            const Cut& cut) {
-  const int rows = p.w[which].rows;
-  const float *bias = p.bias[which], *residual = which == 0 ? p.residual : nullptr;
-  for (int at = threadIdx.x; at < R * M * 4; at += blockDim.x) {
-    const int n = (at >> 2) % R, i = (at >> 2) / R, r = 4 * (at & 3);
-    float sum[4] = {};
-    for (int v = 0; v < cut.parts; ++v) {
-      const float4 part = *reinterpret_cast<const float4*>(part_of(cut, n, v) + i * kColumn + r);
-      sum[0] += part.x;
-      sum[1] += part.y;
-      sum[2] += part.z;
-      sum[3] += part.w;
-    }
-    const int row = (band + n) * 16 + r;
-    const i64 to = (i64)i * rows + row;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (row + k < rows) {
-        if (bias != nullptr) {
-          sum[k] += bias[row + k];
-        }
-        p.out[which][to + k] = residual == nullptr ? sum[k] : sum[k] + residual[to + k];
-      }
-    }
-  }
-}
-
 // M <= 8 T rows. A block computes runs of R bands, blockIdx.x, blockIdx.x + gridDim.x, ... of all
-// matrices; it asks for a run's weights while it is busy with the ones before.
+// matrices, and asks for a run's weights while it is busy with the ones before. A run's sums lie in
+// other places than the last one's, so that it may begin while these are read.
 template <int R, int T, int kLive>
 __device__ __forceinline__ void multiply(const Outputs& p, const Acts& acts, int M,
                                          const Cut& cut) {
@@ -391,16 +364,30 @@ __device__ __forceinline__ void multiply(const Outputs& p, const Acts& acts, int
     rows[i] = group_rows(acts, [=](int r) { return kLive == 1 ? 0 : i * kGroup + r; });
   }
   bool waits = true;
-  int run = blockIdx.x;
+  int place = 0, run = blockIdx.x;
   for (int which = 0; which < 3 && p.w[which].num_bands > 0; ++which) {
     const Matrix& w = p.w[which];
     const int runs = (w.num_bands + R - 1) / R;
     if (run < runs) {
-      const auto put = [&](int n, int v) { return part_of(cut, n, v); };
+      const auto put = [&](int n, int v) { return part_of(cut, place + n, v); };
       const auto done = [&](int band) {
         __syncthreads();
-        store_bands<R>(p, which, band, M, cut);
-        __syncthreads();
+        for (int at = threadIdx.x; at < R * M * 16; at += blockDim.x) {
+          const int r = at & 15, n = (at >> 4) % R, i = (at >> 4) / R, row = (band + n) * 16 + r;
+          if (row >= w.rows) {
+            continue;
+          }
+          float sum = sum_parts(cut, place + n, i, r);
+          if (p.bias[which] != nullptr) {
+            sum += p.bias[which][row];
+          }
+          const i64 to = (i64)i * w.rows + row;
+          if (which == 0 && p.residual != nullptr) {
+            sum += p.residual[to];
+          }
+          p.out[which][to] = sum;
+        }
+        place ^= R;
       };
       dot_any<R, T, kLive, true>(w.type, {w.data, w.band_bytes, run * R, grid * R, w.num_bands},
                                  w.cols, rows, warp, cut, stages_of<R>(cut, warp), waits, put,
@@ -574,16 +561,15 @@ __device__ __forceinline__ void gate_up(const Matrix& gate, const Matrix& up, co
   }
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, role = warp / cut.split;
   const Matrix& w = (role & 1) == 0 ? gate : up;
-  const Share share = {w.type,
-                       w.data + pairs.expert * w.expert_bytes +
-                           (2 * blockIdx.x + (role >> 1)) * w.band_bytes,
-                       gate.cols, role, warp % cut.split};
+  const Share share = {
+      w.type,
+      w.data + pairs.expert * w.expert_bytes + (2 * blockIdx.x + (role >> 1)) * w.band_bytes,
+      gate.cols, role, warp % cut.split};
   for (int at = pairs.first; at < pairs.end; at += kPass) {
     const int m = min(kPass, pairs.end - at);
     dot_pairs<kRows == 1>(
-        m, share, x,
-        [=](int i) { return (kRows == 1 ? at : order[at + i]) / top_k; },
-        cut, stages_of<1>(cut, warp), false);
+        m, share, x, [=](int i) { return (kRows == 1 ? at : order[at + i]) / top_k; }, cut,
+        stages_of<1>(cut, warp), false);
     __syncthreads();
     for (int i = warp; i < m; i += blockDim.x >> 5) {
       const int role_of_lane = 2 * (lane >> 4);

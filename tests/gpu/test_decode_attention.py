@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
+from bench.cuda_tools import Acts  # noqa: E402
 from kt_async.engine.cuda.args import RopeArg  # noqa: E402
 from kt_async.engine.cuda.attention import Heads  # noqa: E402
 from kt_async.engine.cuda.decode import PagedDecode  # noqa: E402
@@ -147,16 +148,17 @@ def test_attention_is_torchs_and_does_not_depend_on_other_rows(
     error = ((ours - expected).norm(dim=-1) / expected.norm(dim=-1)).amax(1)
     print({n: f"{e:.1e}" for n, e in zip(LENGTHS, error.tolist(), strict=True)})
     assert error.max() < 6e-3  # weights round to bf16
-    blocks = together.f32.view(len(LENGTHS), -1, 32).transpose(0, 1)
-    scale = blocks.abs().amax(2) / 127
-    assert torch.allclose(together.meta[:, :, 0], scale)
-    back = together.q * together.meta[:, :, :1]
-    assert (back - blocks).abs().max() <= scale.max() * 0.51
+    made = Acts(together.q, together.meta, together.count)
+    values = together.f32.double()
+    scale = values.view(len(LENGTHS), -1, 32).abs().amax(2) / 127
+    assert torch.allclose(made.scales(), scale.repeat_interleave(32, dim=1))
+    assert (made.values() - values).abs().max() <= scale.max() * 0.51
     for row in range(len(LENGTHS)):
         alone = case.run([row])
         assert torch.equal(alone.f32[0], together.f32[row])
-        for form in ("q", "meta"):
-            assert torch.equal(getattr(alone, form)[:, 0], getattr(together, form)[:, row])
+        one = Acts(alone.q, alone.meta, 1)
+        assert torch.equal(one.values()[0], made.values()[row])
+        assert torch.equal(one.sums()[0], made.sums()[row])
     reverse = case.run(list(reversed(range(len(LENGTHS)))))
     assert torch.equal(reverse.f32.flip(0), together.f32)
     many = case.run(list(range(len(LENGTHS))) * 6)  # more rows than a warp looks at once

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
+from bench.cuda_tools import Acts  # noqa: E402
 from kt_async.engine.cuda.kv import KvPages  # noqa: E402
 from kt_async.engine.cuda.ops import CudaOps  # noqa: E402
 from kt_async.engine.cuda.values import ExpertSum, NormOf, Rows  # noqa: E402
@@ -42,14 +43,12 @@ def check_forms(rows: Rows) -> None:
     assert rows.f32 is not None
     assert rows.meta is not None
     assert rows.q is not None
-    blocks = rows.f32.view(rows.count, -1, 32).transpose(0, 1)
-    scale = rows.meta[:, :, :1]
-    assert torch.allclose(scale, blocks.abs().amax(2, keepdim=True) / 127)
-    back = rows.q * scale
+    made = Acts(rows.q, rows.meta, rows.count)
+    blocks = rows.f32.view(rows.count, -1, 32).double()
+    scale, back = made.scales().view_as(blocks), made.values().view_as(blocks)
+    assert torch.allclose(scale, (blocks.abs().amax(2, keepdim=True) / 127).expand_as(blocks))
     assert ((back - blocks).abs() <= scale * 0.501).all()
-    sums = back.view(*back.shape[:2], 2, 16).sum(3)
-    assert torch.allclose(rows.meta[:, :, 1:3], sums, atol=1e-4)
-    assert torch.allclose(rows.meta[:, :, 3], sums.sum(2), atol=2e-4)
+    assert torch.allclose(made.sums(), back.sum(2), atol=2e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 40])
@@ -88,7 +87,8 @@ def test_router(ops: Any, rows: int, experts: int, cols: int, top_k: int, has_no
         assert torch.equal(one_id[0], ids[row])
         assert torch.equal(one_weight[0], weights[row])
         if has_norm:
-            assert torch.equal(alone.q[:, 0], given.q[:, row])
+            together = Acts(given.q, given.meta, rows).values()[row]
+            assert torch.equal(Acts(alone.q, alone.meta, 1).values()[0], together)
 
 
 def test_router_of_prompts(ops: Any) -> None:

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from bench.cuda_tools import Weights, make_weights, reference  # noqa: E402
+from bench.cuda_tools import Acts, Weights, make_weights, reference  # noqa: E402
 from kt_async.engine.cuda.grouped import HostPart, sort_rows, sum_rows  # noqa: E402
 from kt_async.engine.cuda.kernels import kernels_for  # noqa: E402
 from kt_async.engine.cuda.kv import KvPages  # noqa: E402
@@ -138,13 +138,13 @@ def test_norm_and_gate(ops: Any, rows: int, cols: int, few: bool) -> None:
     for rows_made, expected in ((made, normed), (gated, x * x.sigmoid() * up)):
         assert torch.allclose(rows_made.f32, expected, atol=1e-5, rtol=1e-5)
         if few:
-            back = (rows_made.q * rows_made.meta[:, :, :1]).transpose(0, 1).reshape(rows, cols)
+            back = Acts(rows_made.q, rows_made.meta, rows).values().float()
             assert torch.allclose(back, expected, atol=float(expected.abs().max()) / 200)
         else:
             assert torch.equal(rows_made.bf16, rows_made.f32.bfloat16())
     plain = Rows(x, cols)
     ops.quantized(plain)
-    back = (plain.q * plain.meta[:, :, :1]).transpose(0, 1).reshape(rows, cols)
+    back = Acts(plain.q, plain.meta, rows).values().float()
     assert torch.allclose(back, x, atol=float(x.abs().max()) / 200)
 
 

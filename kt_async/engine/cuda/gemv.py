@@ -7,6 +7,7 @@ rows: its result is the same whatever runs beside it.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,8 +35,11 @@ _LEAST_PARTS = 8
 _WARPS_WANTED = 2048  # of a launch
 _EXPERT_PARTS = 2
 _DEQUANTIZE_WARPS = 8
+_Q6_K = 14
 _RESIDENT_WARPS = 16  # of a multiprocessor: the kernels take at most 128 registers
 _BANDS_FOR_PAIRS = 256
+_TURNS = 2  # runs whose sums a block holds
+_SHARED_BUDGET = 95 << 10  # bytes of a block: what GPUs since compute capability 8.6 have
 _BLOCKS_WITHOUT_GPU = 2
 
 # Bytes of a tile of 256 columns in shared memory; Q6_K: and its d.
@@ -122,16 +126,23 @@ def _experts_cut(matrices: Sequence[MatrixArg], most_split: int, bands: int | No
     return Cut(parts, split, teams, 1, teams, stages, stage_bytes)
 
 
-def _dense_cut(matrices: Sequence[MatrixArg], rows: int) -> Cut:
-    """Few bands are split between more warps, so that the memory of a large GPU is busy; many are
-    done two at a time, which share what is read of the activations. Measured on an H200."""
-    del rows
+def _dense_cut(matrices: Sequence[MatrixArg], columns: int) -> Cut:
+    """Few bands are split between more warps, so that the memory of a large GPU is busy; of small
+    tiles a warp does two bands at a time, which share what it reads of the activations, and of
+    large ones it asks for two tiles. Measured on an H200.
+
+    columns: rows that the kernel takes at once.
+    """
     bands = sum(m.num_bands for m in matrices)
     wanted = max(_LEAST_PARTS, min(_MOST_PARTS, _floor_power(_WARPS_WANTED // bands)))
     parts, stage_bytes = _parts_and_bytes(matrices, wanted)
-    run = 2 if bands >= _BANDS_FOR_PAIRS else 1
-    stages = max(1, min(_MAX_STAGES, _STAGE_BUDGET // (stage_bytes * parts * run)))
-    return Cut(parts, parts, 1, run, run, stages, stage_bytes)
+    pairs = bands >= _BANDS_FOR_PAIRS and stage_bytes != _TILE_BYTES[_Q6_K]
+    run, stages = (2, 1) if pairs else (1, _MAX_STAGES)
+    cuts = (
+        Cut(parts, split, 1, r, _TURNS * r, n, stage_bytes)
+        for split, r, n in ((parts, run, stages), (parts, 1, 2), (parts, 1, 1), (parts // 2, 1, 1))
+    )
+    return next(c for c in cuts if c.shared_bytes(columns) <= _SHARED_BUDGET)
 
 
 def _most_blocks(matrix: PackedMatrix, cut: Cut) -> int:
@@ -139,8 +150,12 @@ def _most_blocks(matrix: PackedMatrix, cut: Cut) -> int:
     device = matrix.data.device
     if device.type != "cuda":
         return _BLOCKS_WITHOUT_GPU
-    each = max(1, _RESIDENT_WARPS // cut.split)
-    return each * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, _RESIDENT_WARPS // cut.split) * _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _floor_power(number: int) -> int:
@@ -170,7 +185,7 @@ def multiply(
             arg.out[i] = out[first:].data_ptr()
             arg.bias[i] = address(bias)
         arg.residual = None if residual is None else residual[first:].data_ptr()
-        cut = _dense_cut([m.arg for m in matrices], count)
+        cut = _dense_cut([m.arg for m in matrices], columns)
         runs = sum(-(-m.arg.num_bands // cut.run) for m in matrices)
         ops.launch(
             f"multiply_{columns}_{cut.run}",
