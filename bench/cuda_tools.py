@@ -133,14 +133,17 @@ class Acts:
         """f64 [M, cols / 32]: of a block's values."""
         return self._by_row(1)
 
-    def _by_row(self, which: int) -> torch.Tensor:
-        found = self.meta[:, :, which].double().transpose(1, 2)
-        return found.reshape(-1, found.shape[2])[: self.rows]
-
     def values(self) -> torch.Tensor:
         """f64 [M, cols]."""
-        q = self.q.double().transpose(1, 2)
-        return q.reshape(-1, q.shape[2] * 32)[: self.rows] * self.scales()
+        return self._rows_of(self.q).reshape(self.rows, -1) * self.scales()
+
+    def _by_row(self, which: int) -> torch.Tensor:
+        return self._rows_of(self.meta[:, :, which])
+
+    def _rows_of(self, grouped: torch.Tensor) -> torch.Tensor:
+        """f64, and nothing of the last group's rows that are not there: nobody wrote them."""
+        row = torch.arange(self.rows, device=grouped.device)
+        return grouped[row // ACTS_GROUP, :, row % ACTS_GROUP].double()
 
 
 def quantize(x: torch.Tensor) -> Acts:
