@@ -42,7 +42,7 @@ one() {
   options+=(--check-api-memory-access no) # a test may copy back more than a kernel wrote
   # Who checks what was never written must see every kernel write; the others watch ours alone.
   [ "$tool" = initcheck ] || options+=(--kernel-name "regex=^($NAMES)\$")
-  # Tests of engines compare bits with runs whose timing differs, and measure rates: under a tool they
+  # Tests of engines measure rates, which decide where experts are computed: under a tool they
   # may fail where it finds nothing. Its summary counts, and that tests ran to their end.
   timeout "$LIMIT" compute-sanitizer --tool "$tool" --print-limit 20 "${options[@]}" "$PYTHON" \
     -m pytest -c /dev/null --rootdir . -q -W ignore -p no:cacheprovider \

@@ -8,6 +8,7 @@ planning, device views for the kernels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from kt_async.engine.cuda.values import Attend
 
 _WORKSPACE_BYTES = 128 << 20
+_LARGE_TILE_MEAN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,19 +156,26 @@ class FlashDecode:
 
 
 class FlashPrefill:
-    """flashinfer's paged prefill; decode rows are prompts of one token."""
+    """flashinfer's paged prefill; decode rows are prompts of one token.
+
+    Always fa2: on a GPU that other processes used as well, fa3 of flashinfer 0.6.14 gave wrong
+    values for some rows. fa2 picks its tile by the mean length of the step's rows, and splits long
+    caches by what else there is to do; both would change the order of a row's additions with its
+    company. So the cache stays whole, and a row of padding keeps the mean where the tile is largest.
+    """
 
     def __init__(self, flashinfer: Any, heads: Heads, page_size: int) -> None:
         self._heads, self._page_size = heads, page_size
-        major, _ = torch.cuda.get_device_capability()
-        # fa3 wants queries of the cache's type; fa2 converts as it reads.
-        backend = "fa3" if major == 9 and heads.kv_dtype == torch.bfloat16 else "fa2"
         self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            make_scratch(), "NHD", backend=backend
+            make_scratch(), "NHD", backend="fa2"
         )
 
     def plan(self, pages: StepPages) -> Attend:
         heads = self._heads
+        group = heads.num_heads // heads.num_kv_heads
+        padding = _padding(int(pages.row_start[-1]), len(pages.last_page_len), group)
+        if padding:
+            pages = _with_row(pages, padding, self._page_size)
         self._wrapper.plan(
             pages.row_start,
             pages.page_start,
@@ -180,13 +189,39 @@ class FlashPrefill:
             sm_scale=heads.scale,
             q_data_type=torch.bfloat16,
             kv_data_type=heads.kv_dtype,
+            disable_split_kv=True,
         )
-        return self._attend
+        return partial(self._attend, padding)
 
-    def _attend(self, q: torch.Tensor, cache: torch.Tensor, scale: float) -> torch.Tensor:
-        del scale
-        out: torch.Tensor = self._wrapper.run(q, cache)
-        return out
+    def _attend(
+        self, padding: int, q: torch.Tensor, cache: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        del scale  # fixed by the plan
+        queries = torch.cat((q, q.new_zeros((padding, *q.shape[1:])))) if padding else q
+        out: torch.Tensor = self._wrapper.run(queries, cache)
+        return out[: len(q)]
+
+
+def _with_row(pages: StepPages, tokens: int, page_size: int) -> StepPages:
+    """The same and a row of so many new tokens, all of whose pages are the step's last one."""
+    more = -(-tokens // page_size)
+    last = torch.tensor([tokens - (more - 1) * page_size], dtype=torch.int32)
+    return StepPages(
+        torch.cat((pages.row_start, pages.row_start[-1:] + tokens)),
+        torch.cat((pages.page_start, pages.page_start[-1:] + more)),
+        torch.cat((pages.last_page_len, last)),
+        torch.cat((pages.page_ids, pages.page_ids[-1:].expand(more))),
+    )
+
+
+def _padding(tokens: int, rows: int, group: int) -> int:
+    """How many queries a further row needs, so that the mean of queries times group exceeds 64.
+
+    Above it flashinfer's fa2 takes its largest tile (FA2DetermineCtaTileQ). 0: it does already.
+    """
+    if tokens * group // rows > _LARGE_TILE_MEAN:
+        return 0
+    return -(-(_LARGE_TILE_MEAN + 1) * (rows + 1) // group) - tokens
 
 
 class TorchAttention:
