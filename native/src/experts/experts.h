@@ -105,6 +105,9 @@ void group_pairs(const int32_t* ids, const float* weights, int32_t num_tokens, i
 // Asks for the weights that this worker's run_up begins with: for the time before a barrier.
 void fetch_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker);
 void run_up(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker);
+// The same for run_down; run_up ends with it.
+void fetch_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers,
+                int32_t worker);
 void run_down(const Workers& workers, const ExpertJob& job, ExpertBuffers& buffers, int32_t worker);
 
 }  // namespace kt
