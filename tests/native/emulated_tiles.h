@@ -17,8 +17,8 @@ struct Config {
   uint8_t rows[16];
 };
 
-static Config config;
-static uint8_t tiles[8][16][64];
+static thread_local Config config;
+static thread_local uint8_t tiles[8][16][64];
 
 inline void load_config(const void* from) {
   std::memcpy(&config, from, sizeof(config));
