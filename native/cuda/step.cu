@@ -146,12 +146,12 @@ static __device__ u8 to_e4m3(float x) {
   return sign | (u8)((bits >> 20) - (120 << 3));
 }
 
-// Norms and rotates q and k, stores q as bf16 [T, QH, D], k and v into their pages
+// Norms and rotates q and k, stores q * q_scale as bf16 [T, QH, D], k and v into their pages
 // (bf16 or e4m3 [P, 2, page, KH, D]). grid = (T, QH + 2 KH), one warp per head, D a multiple of 32,
 // <= 256.
 extern "C" __global__ void attention_inputs(const float* q, const float* k, const float* v,
                                             const int* positions, const int* kv_slot, Rope p,
-                                            int page_size, u16* q_out, void* cache) {
+                                            float q_scale, int page_size, u16* q_out, void* cache) {
   release_next();
   wait_for_previous();
   const int token = blockIdx.x, head = blockIdx.y, lane = threadIdx.x;
@@ -203,8 +203,9 @@ extern "C" __global__ void attention_inputs(const float* q, const float* k, cons
     return;
   }
   u16* to = (is_q ? q_out : (u16*)cache) + at;
+  const float factor = is_q ? q_scale : 1.0f;
   for (int i = 0; i < n; ++i) {
-    to[lane + i * kWarp] = to_bf16(values[lane + i * kWarp]);
+    to[lane + i * kWarp] = to_bf16(values[lane + i * kWarp] * factor);
   }
 }
 

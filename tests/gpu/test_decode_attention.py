@@ -23,7 +23,7 @@ from kt_async.ffi.cuda import Kernels, compile_kernels, kernel_source  # noqa: E
 pytestmark = pytest.mark.gpu
 
 PAGE = 32
-PTR, I32 = ctypes.c_void_p, ctypes.c_int32
+PTR, I32, F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 LENGTHS = [1, 2, 16, 17, 128, 129, 300, 1000, 4096, 4097, 5003, 9000]
 
 
@@ -117,6 +117,7 @@ class Case:
             PTR(self.block.address("positions")),
             PTR(self.block.address("kv_slot")),
             self.rope,
+            F32(1.0),
             I32(PAGE),
             PTR(q.data_ptr()),
             PTR(cache.data_ptr()),

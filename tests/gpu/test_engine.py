@@ -152,35 +152,60 @@ def test_graphs_give_the_logits_of_eager_steps(folder: Path, type_name: str) -> 
     assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+def logits_of(
+    made: DirectEngine, prompts: list[list[int]], max_tokens: int, *, at_once: bool
+) -> list[list[Any]]:
+    """For every request the logits of each of its tokens. at_once: else one joins every step."""
+    runner, rows = made.runner, []
+    graph, eager = runner._run_graph, runner._run_eagerly
+
+    def run_graph(used: Any, plan: Any, count: int, page_ids: int) -> None:
+        graph(used, plan, count, page_ids)
+        rows.extend(runner.read_logits(count))
+
+    def run_eagerly(plan: Any, part: Any) -> None:
+        eager(plan, part)
+        rows.extend(runner.read_logits(part.samples[1] - part.samples[0]))
+
+    ids, found = [], {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_run_graph", run_graph)
+        patch.setattr(runner, "_run_eagerly", run_eagerly)
+        while len(ids) < len(prompts) or made.scheduler.stats()["num_running"]:
+            for tokens in prompts[len(ids) :] if at_once else prompts[len(ids) : len(ids) + 1]:
+                ids.append(made.submit(GenerationRequest("test", tokens, max_tokens, GREEDY)))
+                found[ids[-1]] = []
+            events = [e for e in made.step() if e[1] == structs.KT_EVENT_TOKEN]
+            assert len(events) == len(rows)
+            for (seq_id, *_), logits in zip(events, rows, strict=True):
+                found[seq_id].append(logits)
+            rows.clear()
+    return [found[i] for i in ids]
+
+
+@pytest.mark.parametrize("chunk", [512, 100])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("type_name", ["Q8_0", "Q4_K"])
-def test_requests_that_join_others_give_the_text_of_each_alone(
-    folder: Path, type_name: str, seed: int, at_once: bool
+def test_requests_among_others_get_the_logits_of_each_alone(
+    folder: Path, type_name: str, seed: int, chunk: int
 ) -> None:
-    """All at once, or each while others decode; 24 rows are more than one launch takes."""
+    """Bit for bit: 24 rows are more than one launch takes, and chunks cut prompts elsewhere."""
     path = checkpoint(folder, type_name)
     prompts = [prompt(20 + 11 * i, seed=100 * seed + i) for i in range(24)]
-    made = engine(path, experts_in_vram=True, use_graphs=True, max_batch_size=24, chunk_size=512)
+    made = engine(path, experts_in_vram=True, use_graphs=True, max_batch_size=24, chunk_size=chunk)
     try:
-        alone = [made.generate([p], 24)[0] for p in prompts]
-        ids, texts = [], {}
-        while len(ids) < len(prompts) or made.scheduler.stats()["num_running"]:
-            while len(ids) < len(prompts):
-                request = GenerationRequest("test", prompts[len(ids)], 24, GREEDY)
-                ids.append(made.submit(request))
-                if not at_once:
-                    break
-            for seq_id, kind, _finish, token, *_ in made.step():
-                if kind == structs.KT_EVENT_TOKEN:
-                    texts.setdefault(seq_id, []).append(token)
-        together = [texts[i] for i in ids]
-        stats = made.runner.stats()
+        alone = [logits_of(made, [p], 24, at_once=True)[0] for p in prompts]
+        for at_once in (True, False):
+            together = logits_of(made, prompts, 24, at_once=at_once)
+            differ = [
+                (i, next(t for t, (x, y) in enumerate(zip(a, b, strict=True)) if (x != y).any()))
+                for i, (a, b) in enumerate(zip(alone, together, strict=True))
+                if not np.array_equal(a, b)
+            ]
+            assert not differ, f"requests and their first token that differs, at once {at_once}"
+        assert made.runner.stats()["graph_steps"] > 0
     finally:
         made.close()
-    same = sum(a == b for a, b in zip(alone, together, strict=True))
-    print(f"{type_name} {seed}: {same} of {len(prompts)} texts are the same; {stats}")
-    assert together == alone
 
 
 @pytest.mark.parametrize("experts_in_vram", [True, False])

@@ -1,4 +1,4 @@
-"""Prompt attention against torch, and against itself in other company."""
+"""Prompt attention against torch, and against itself in other company and other chunks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kt_async.engine.cuda.attention import (  # noqa: E402
     Heads,
     StepPages,
     TorchAttention,
+    exact_scale,
     make_prefill_planner,
 )
 
 pytestmark = pytest.mark.gpu
 
 PAGE = 32
-HEADS = Heads(16, 2, 128, 128**-0.5)
 # New tokens and all positions of each row; few new tokens on long caches are where flashinfer
 # would choose other tiles, and would split.
-ROWS = [(1, 1), (1, 5000), (3, 900), (7, 7), (12, 300), (40, 4000), (130, 130), (500, 517)]
+ROWS = [(1, 1), (1, 5000), (3, 900), (7, 7), (12, 300), (40, 4000), (195, 195), (500, 517)]
 
 
 def step(rows: list[tuple[int, int]], first_page: int = 0) -> StepPages:
@@ -34,22 +34,32 @@ def step(rows: list[tuple[int, int]], first_page: int = 0) -> StepPages:
     return StepPages(*starts, last, ids)
 
 
-def test_attention_is_torchs_and_does_not_depend_on_other_rows() -> None:
-    planner = make_prefill_planner(HEADS, PAGE)
+@pytest.mark.parametrize("heads", [(16, 2), (32, 4), (4, 2), (8, 8), (28, 4)])
+def test_attention_is_torchs_and_does_not_depend_on_other_rows_or_chunks(
+    heads: tuple[int, int],
+) -> None:
+    shape = Heads(*heads, 128, 128**-0.5)
+    planner = make_prefill_planner(shape, PAGE)
     if not isinstance(planner, FlashPrefill):
         pytest.skip("needs flashinfer")
+    scale = exact_scale(shape.scale)
     made = torch.Generator().manual_seed(5)
     together = step(ROWS)
-    shape = (len(together.page_ids), 2, PAGE, HEADS.num_kv_heads, HEADS.head_dim)
-    cache = torch.randn(shape, generator=made).to(torch.bfloat16).cuda()
-    queries = (int(together.row_start[-1]), HEADS.num_heads, HEADS.head_dim)
-    q = torch.randn(queries, generator=made).to(torch.bfloat16).cuda()
-    out = planner.plan(together)(q, cache, HEADS.scale).clone()
-    wanted = TorchAttention(PAGE).plan(together)(q.float(), cache, HEADS.scale)
+    size = (len(together.page_ids), 2, PAGE, shape.num_kv_heads, shape.head_dim)
+    cache = torch.randn(size, generator=made).to(torch.bfloat16).cuda()
+    size = (int(together.row_start[-1]), shape.num_heads, shape.head_dim)
+    q = torch.randn(size, generator=made).to(torch.bfloat16).cuda()
+    out = planner.plan(together)(q, cache, scale).clone()
+    wanted = TorchAttention(PAGE).plan(together)(q.float(), cache, scale)
     # bf16 keeps 8 bits; probabilities are rounded to it too before they meet the values.
     assert (out.float() - wanted).abs().max() < 0.02 * wanted.abs().max()
-    for row, lengths in enumerate(ROWS):
-        begin, end = together.row_start[row : row + 2].tolist()
-        alone = step([lengths], int(together.page_start[row]))
-        one = planner.plan(alone)(q[begin:end], cache, HEADS.scale)
-        assert one.equal(out[begin:end]), lengths
+    for row, (new, positions) in enumerate(ROWS):
+        begin, page = int(together.row_start[row]), int(together.page_start[row])
+        for cut in {0, new // 3, new // 2, new - 1}:
+            pieces = []
+            for first, end in ((0, cut), (cut, new)):
+                if first < end:
+                    alone = step([(end - first, positions - new + end)], page)
+                    part = planner.plan(alone)(q[begin + first : begin + end], cache, scale)
+                    pieces.append(part.clone())
+            assert torch.cat(pieces).equal(out[begin : begin + new]), (new, positions, cut)

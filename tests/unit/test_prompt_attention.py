@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kt_async.engine.cuda import attention
-from kt_async.engine.cuda.attention import FlashPrefill, Heads, StepPages
+from kt_async.engine.cuda.attention import FlashPrefill, Heads, StepPages, exact_scale
 
 PAGE = 64
 
@@ -64,6 +66,7 @@ def test_every_step_gets_the_largest_tile_and_whole_caches(
     # flashinfer's rule: the mean of the rows' queries times group, rounded down.
     assert int(row_start[-1]) * group // rows > 64
     assert wrapper.options["disable_split_kv"] is True
+    assert wrapper.options["sm_scale"] == exact_scale(1.0)
     # The step's rows are as they were, a row of padding has one position for each query.
     assert row_start[: len(lengths) + 1].equal(pages.row_start)
     assert page_start[: len(lengths) + 1].equal(pages.page_start)
@@ -83,3 +86,12 @@ def test_long_rows_need_no_padding() -> None:
     pages = step([9, 500], [1, 8])
     planner.plan(pages)
     assert planner._wrapper.args[0] is pages.row_start
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, *(d**-0.5 for d in (64, 80, 96, 128, 192, 256))])
+def test_the_scale_is_a_power_of_two_once_it_meets_log2(scale: float) -> None:
+    """flashinfer multiplies both as f32; queries grow or shrink by less than half a bit."""
+    left = exact_scale(scale)
+    product = np.float32(left) * np.float32(math.log2(math.e))
+    assert math.frexp(float(product))[0] == 0.5
+    assert 2**-0.5 <= scale / left <= 2**0.5

@@ -7,6 +7,7 @@ planning, device views for the kernels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +20,16 @@ _WORKSPACE_BYTES = 128 << 20
 _LARGE_TILE_MEAN = 64
 
 
+def exact_scale(scale: float) -> float:
+    """What is left of `scale` for attention to multiply scores by; queries got the rest before.
+
+    flashinfer multiplies by scale * log2(e). As a power of two that is exact, and the keys of a tile
+    that a query does not see, as many as its chunk happens to have, leave its result as it is: with
+    any other factor they turn it by a rounding error (exp2(m * s - round(m * s)), not 1).
+    """
+    return 2.0 ** round(math.log2(scale * math.log2(math.e))) / math.log2(math.e)
+
+
 @dataclass(frozen=True, slots=True)
 class Heads:
     """Shape of grouped-query attention, and the type its pages hold."""
@@ -26,7 +37,7 @@ class Heads:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    scale: float
+    scale: float  # of scores; planned is its exact_scale
     kv_dtype: torch.dtype = torch.bfloat16
 
 
@@ -145,7 +156,7 @@ class FlashDecode:
             self._page_size,
             q_data_type=torch.bfloat16,
             kv_data_type=heads.kv_dtype,
-            sm_scale=heads.scale,
+            sm_scale=exact_scale(heads.scale),
         )
         return self._attend
 
@@ -162,6 +173,7 @@ class FlashPrefill:
     values for some rows. fa2 picks its tile by the mean length of the step's rows, and splits long
     caches by what else there is to do; both would change the order of a row's additions with its
     company. So the cache stays whole, and a row of padding keeps the mean where the tile is largest.
+    How a prompt is cut into chunks makes no difference either, because of exact_scale.
     """
 
     def __init__(self, flashinfer: Any, heads: Heads, page_size: int) -> None:
@@ -186,7 +198,7 @@ class FlashPrefill:
             heads.head_dim,
             self._page_size,
             causal=True,
-            sm_scale=heads.scale,
+            sm_scale=exact_scale(heads.scale),
             q_data_type=torch.bfloat16,
             kv_data_type=heads.kv_dtype,
             disable_split_kv=True,

@@ -18,6 +18,7 @@ import torch
 from kt_async.engine.cpu_program import rope_frequencies
 from kt_async.engine.cuda import gemv as cuda_gemv
 from kt_async.engine.cuda.args import ActsArg, RopeArg
+from kt_async.engine.cuda.attention import exact_scale
 from kt_async.engine.cuda.kv import FP8, KvPages
 from kt_async.engine.cuda.overlap import OverlappedExperts
 from kt_async.engine.cuda.router import Router, add_experts, add_experts_and_norm
@@ -233,6 +234,7 @@ class CudaOps:
             assert self.decode_attention is not None
             return self.decode_attention(self, (q, k, v), arg, cache, shape.scale)
         q_out = torch.empty((rows, shape.num_heads, d), dtype=torch.bfloat16, device="cuda")
+        scale = exact_scale(shape.scale)
         self._launch(
             "attention_inputs",
             (rows, shape.num_heads + 2 * shape.num_kv_heads),
@@ -244,13 +246,14 @@ class CudaOps:
                 _PTR(step.positions.data_ptr()),
                 _PTR(step.kv_slot.data_ptr()),
                 arg,
+                _F32(shape.scale / scale),
                 _I32(self.page_size),
                 _PTR(q_out.data_ptr()),
                 _PTR(cache.data_ptr()),
             ],
             4 * d,
         )
-        out = step.attend(q_out, cache, shape.scale)
+        out = step.attend(q_out, cache, scale)
         return Rows(None, q.width, bf16=out.view(rows, q.width))
 
     def experts(

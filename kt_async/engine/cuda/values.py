@@ -112,7 +112,7 @@ class Attend(Protocol):
     """Paged attention of one layer over pages that already hold this step's keys."""
 
     def __call__(self, q: torch.Tensor, cache: torch.Tensor, scale: float) -> torch.Tensor:
-        """q bf16 [T, QH, D] -> bf16 [T, QH, D]."""
+        """q bf16 [T, QH, D] -> bf16 [T, QH, D]; scale: what q was not multiplied by yet."""
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
