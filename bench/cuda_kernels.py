@@ -29,6 +29,7 @@ from bench.cuda_tools import (
     Weights,
     check_experts,
     check_linear,
+    check_prompt_experts,
     compile_types,
     draw_ids,
     expect,
@@ -36,9 +37,11 @@ from bench.cuda_tools import (
     make_weights,
     quantize,
     reference,
+    sort_pairs,
     time_graph,
 )
 from kt_async.engine.cuda import gemv as cuda_gemv
+from kt_async.engine.cuda.grouped import multiply_rows
 from kt_async.errors import KtError
 from kt_async.ffi.matrix import type_info
 from kt_async.ffi.pool import Pool
@@ -138,6 +141,36 @@ class Bench:
             ]
             self.report(f"{label}, down", time_graph(second * 3), distinct * each[2])
 
+    def prompt_experts(self, shape_name: str, up_type: str, down_type: str) -> None:
+        """A routed-expert layer of a prompt, uniformly random routing; against both limits."""
+        s = _SHAPES[shape_name]
+        make = partial(make_weights, self.pool)
+        layer = (
+            make(up_type, s.width, s.hidden, s.experts, self.rng),
+            make(up_type, s.width, s.hidden, s.experts, self.rng),
+            make(down_type, s.hidden, s.width, s.experts, self.rng),
+        )
+        size = sum(w.matrix.data.numel() for w in layer)
+        layers = list(zip(*(w.copies(2) for w in layer), strict=True))
+        for tokens in self.args.prompts:
+            x = torch.randn((tokens, s.hidden), device="cuda").bfloat16()
+            ids = draw_ids(tokens, s, self.rng)
+            check_prompt_experts(self.ops, layer, x, ids)
+            by_expert = sort_pairs(ids, s.experts)
+            runs = [
+                partial(multiply_rows, self.ops, x, by_expert, s.top_k, matrices)
+                for matrices in layers
+            ]
+            seconds = time_graph(runs * 5)
+            flops = 6.0 * tokens * s.top_k * s.hidden * s.width
+            read = size * len(ids.unique()) / s.experts
+            print(
+                f"{shape_name} {up_type}/{down_type} prompt of {tokens} tokens: "
+                f"{seconds * 1e6:.0f} us, {flops / seconds * 1e-12:.0f} TFLOP/s, weights at "
+                f"{read / seconds * 1e-9:.0f} GB/s, of copy {read / seconds / self.copy:.0%}",
+                flush=True,
+            )
+
     def prompt(self, name: str, rows: int, cols: int) -> None:
         """Dequantise, then multiply with many rows by cuBLAS; against cuBLAS alone."""
         weights = make_weights(self.pool, name, rows, cols, 1, self.rng)
@@ -179,10 +212,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     def names(text: str) -> list[str]:
         return text.split(",")
 
-    parser.add_argument("--parts", type=names, default=["linear", "experts", "prompt"])
+    parser.add_argument(
+        "--parts", type=names, default=["linear", "experts", "prompt", "prompt_experts"]
+    )
     parser.add_argument("--types", type=names, default=["Q4_K", "Q6_K", "Q8_0"])
     parser.add_argument("--rows", type=numbers, default=[1, 2, 4, 8, 16], metavar="M,..")
     parser.add_argument("--tokens", type=numbers, default=[1, 4, 8, 16], metavar="T,..")
+    prompts = [64, 512, 2048, 8192]
+    parser.add_argument("--prompts", type=numbers, default=prompts, metavar="T,..")
     parser.add_argument("--megabytes", type=numbers, default=[8, 64], metavar="MB,..")
     parser.add_argument("--layers", type=names, default=["qwen3:Q4_K:Q4_K", "qwen3:Q4_K:Q6_K"])
     parser.add_argument("--threads", type=int, default=0, help="0: one per physical core")
@@ -201,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     bench.linear(name, megabytes)
             for layer in args.layers if "experts" in args.parts else []:
                 bench.experts(*layer.split(":"))
+            for layer in args.layers if "prompt_experts" in args.parts else []:
+                bench.prompt_experts(*layer.split(":"))
             for name in args.types if "prompt" in args.parts else []:
                 for rows, cols in ((4096, 2048), (2048, 4096), (8192, 8192)):
                     bench.prompt(name, rows, cols)

@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType, quants
 
 from kt_async.engine.cuda import gemv as cuda_gemv
 from kt_async.engine.cuda.args import ActsArg, GroupsArg, MatrixArg
+from kt_async.engine.cuda.grouped import SortedRows, multiply_rows
 from kt_async.engine.cuda.values import ACTS_GROUP, PackedMatrix
 from kt_async.errors import KtError
 from kt_async.ffi.cuda import KernelArgument, Kernels, compile_kernels, kernel_source
@@ -30,6 +31,7 @@ from kt_async.model.synthetic import random_blocks
 from kt_async.weights.gguf_header import TYPE_IDS
 
 TOLERANCE = 1e-5  # of a product's norm: sums in f32
+_BF16_TOLERANCE = 6e-3  # hidden rows and results are rounded to bf16
 
 
 @dataclass(frozen=True)
@@ -221,10 +223,10 @@ def reference(weights: Weights, expert: int, rows: slice) -> torch.Tensor:
     return dense.to(weights.matrix.data.device).double()
 
 
-def expect(what: str, got: torch.Tensor, exact: torch.Tensor) -> None:
+def expect(what: str, got: torch.Tensor, exact: torch.Tensor, tolerance: float = TOLERANCE) -> None:
     """Raises KtError when a product is wrong."""
     error = float((got.double() - exact).norm() / exact.norm())
-    if not error < TOLERANCE:
+    if not error < tolerance:
         raise KtError(f"{what}: the product is wrong by {error:.1e}")
 
 
@@ -278,3 +280,47 @@ def check_experts(
         mine = slice(token * top_k, (token + 1) * top_k)
         if not torch.equal(cuda_gemv.down(ops, h, alone, down.matrix), out[mine]):
             raise KtError(f"{what}: token {token} differs from the same token alone")
+
+
+def sort_pairs(ids: torch.Tensor, experts: int) -> SortedRows:
+    """As group_rows_by_expert does, by torch; ids below 0 are nobody's."""
+    flat = ids.view(-1)
+    mine = flat >= 0
+    order = torch.where(mine, flat, experts).argsort(stable=True)
+    position = order.argsort().int()
+    ends = torch.bincount(flat[mine], minlength=experts).cumsum(0).int()
+    return SortedRows(order.int(), torch.where(mine, position, -1).int(), ends)
+
+
+def check_prompt_experts(
+    ops: cuda_gemv.Launcher,
+    layer: tuple[Weights, Weights, Weights],
+    x: torch.Tensor,
+    ids: torch.Tensor,
+) -> None:
+    """Some pairs of bf16 rows against gguf, and some tokens against the token alone."""
+    gate, up, down = layer
+    matrices = (gate.matrix, up.matrix, down.matrix)
+    experts, top_k = gate.matrix.num_experts, ids.shape[1]
+    by_expert = sort_pairs(ids, experts)
+    out = multiply_rows(ops, x, by_expert, top_k, matrices)
+    what = f"prompt experts {gate.type}/{up.type}/{down.type}, {len(x)} tokens"
+    for pair in range(0, ids.numel(), max(1, ids.numel() // 6)):
+        expert = int(ids.view(-1)[pair])
+        if expert < 0:
+            continue
+        row = x[pair // top_k].double()
+        gated, value, last = (
+            reference(w, expert, slice(0, w.matrix.arg.rows)).float().bfloat16().double()
+            for w in (gate, up, down)
+        )
+        hidden = torch.nn.functional.silu(gated @ row) * (value @ row)
+        expect(what, out[by_expert.position[pair]], last @ hidden, _BF16_TOLERANCE)
+    for token in range(0, len(x), max(1, len(x) // 2)):
+        one, some = x[token : token + 1].contiguous(), ids[token : token + 1].contiguous()
+        alone = sort_pairs(some, experts)
+        made = multiply_rows(ops, one, alone, top_k, matrices)
+        for k, pair in enumerate(range(token * top_k, (token + 1) * top_k)):
+            mine, its = by_expert.position[pair], alone.position[k]
+            if its >= 0 and not torch.equal(made[its], out[mine]):
+                raise KtError(f"{what}: token {token} differs from the same token alone")

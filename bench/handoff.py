@@ -27,7 +27,7 @@ import torch
 
 from kt_async.engine.cuda.experts import Names, VramExperts
 from kt_async.engine.cuda.handoff import MECHANISMS, Channel, HandoffExperts
-from kt_async.engine.cuda.kernels import kernels_for, launcher
+from kt_async.engine.cuda.kernels import kernels_for, launcher, no_old_graphs
 from kt_async.engine.cuda.kv import KvPages
 from kt_async.engine.cuda.ops import CudaOps
 from kt_async.engine.cuda.probe import Replay, probe
@@ -139,7 +139,7 @@ class Layers:
             self.forward(ops, x, lambda _: None)  # without a CPU: loads the kernels
             experts.warm_up(ops, self.hidden)
             ops.experts_backend = experts
-            with torch.cuda.graph(graph, stream=stream):
+            with no_old_graphs(), torch.cuda.graph(graph, stream=stream):
                 out = self.forward(ops, x, between)
             graph.instantiate()
         assert out.f32 is not None

@@ -45,6 +45,8 @@ from kt_async.weights.source import ModelFiles, open_model
 
 log = logging.getLogger(__name__)
 
+_LEAST_CAPABILITY = 8  # of a GPU: matrix instructions for bf16
+
 # The engine thread and the event loop share the GIL; the default of 5 ms would let one of them
 # hold up the other for whole decode steps.
 _SWITCH_INTERVAL_S = 5e-4
@@ -116,6 +118,16 @@ def usable_gpus() -> int:
     if not torch.cuda.is_available():
         log.warning("there is a GPU, but this PyTorch build cannot use it: running on the CPU")
         return 0
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if major < _LEAST_CAPABILITY:
+            name = torch.cuda.get_device_name(index)
+            log.warning(
+                "GPU %d (%s) has compute capability %d.%d, the kernels need %d.0 (RTX 30 or newer): "
+                "it is not used",
+                *(index, name, major, minor, _LEAST_CAPABILITY),
+            )
+            return index
     return torch.cuda.device_count()
 
 

@@ -13,12 +13,9 @@ from kt_async.model.spec import ModelSpec
 
 # cuBLAS, loaded kernels, captured graphs and what torch's allocator cannot hand out again.
 _BASE_BYTES = 512 << 20
-# Two scratch buffers of flashinfer: one for all graphs, one for prefill.
-_ATTENTION_BYTES = 2 * (128 << 20)
+# flashinfer's scratch: for graphs, where it decodes, and for prompts (twice while rates are measured).
+_ATTENTION_BYTES = (128 + 2 * 16) << 20
 _PROMPT_LOGIT_ROWS = 32
-# Bytes per (token, expert) pair and feature in a long prompt: rows sorted by expert in bf16, the
-# two products in f32 and bf16, their sum in f32.
-_PAIR_BYTES = 10
 _CHUNKS = (8192, 4096, 2048)
 _ACTIVATION_SHARE = 16  # of the GPU's memory, which a chunk's activations may take
 
@@ -98,20 +95,33 @@ def gpu_budget(free_bytes: int, total_bytes: int, utilization: float) -> int:
 
 
 def work_bytes(spec: ModelSpec, kv: KvWish) -> int:
-    """Memory of the steps themselves: logits, dequantised matrices, activations of a chunk."""
+    """Memory of the steps themselves: logits, a dequantised matrix, activations of a chunk."""
     logits = 2 * 4 * (kv.max_batch_size + _PROMPT_LOGIT_ROWS) * spec.vocab_size
-    # Long prompts multiply by bf16 copies: two of an expert tensor at a time, or the lm_head.
-    expert = 2 * spec.num_experts * spec.moe_intermediate_size * spec.hidden_size
-    dequantised = max(2 * expert, 2 * spec.vocab_size * spec.hidden_size)
+    # Prompts multiply by bf16 copies of dense matrices, one at a time; experts are read as they are.
+    widest = max(spec.num_heads * spec.head_dim, _dense_width(spec))
+    dequantised = 2 * spec.hidden_size * widest
     activations = _activation_bytes(spec, kv.chunk_size)
     return _BASE_BYTES + _ATTENTION_BYTES + logits + dequantised + activations
 
 
+def _dense_width(spec: ModelSpec) -> int:
+    """Of the widest feed-forward part that every token goes through; 0: there is none."""
+    return max(
+        spec.shared_intermediate_size, spec.intermediate_size if spec.num_dense_layers else 0
+    )
+
+
 def _activation_bytes(spec: ModelSpec, chunk_size: int) -> int:
-    pairs = chunk_size * spec.top_k
-    widest = max(spec.intermediate_size, spec.num_heads * spec.head_dim, spec.hidden_size)
-    by_pair = pairs * _PAIR_BYTES * (spec.moe_intermediate_size + spec.hidden_size)
-    return by_pair + chunk_size * 6 * 4 * widest
+    """What a layer holds at once: f32 sums, their norms in f32 and bf16, and one of its parts."""
+    hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
+    kept = (4 + 4 + 2) * hidden
+    # Queries, keys and values in f32, queries and results in bf16, the product in both.
+    attention = (4 + 2 + 2) * heads + 8 * spec.num_kv_heads * spec.head_dim + 6 * hidden
+    # Each pair's hidden row and result in bf16, its place and weight; router logits, the sum.
+    pair = 2 * (spec.moe_intermediate_size + hidden) + 5 * 4
+    experts = spec.top_k * pair + 4 * spec.num_experts + 4 * hidden
+    dense = (2 * 4 + 4 + 2) * _dense_width(spec) + 6 * hidden
+    return chunk_size * (kept + max(attention, experts, dense))
 
 
 def chunk_for(spec: ModelSpec, gpu_bytes: int) -> int:

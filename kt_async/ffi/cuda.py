@@ -33,6 +33,7 @@ _SOURCES = (
     "linear.cu",
     "step.cu",
     "prefill.cu",
+    "prompt_experts.cu",
     "sample.cu",
     "attention.cu",
     "router.cu",

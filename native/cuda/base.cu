@@ -43,6 +43,9 @@ __device__ __forceinline__ u32 bf16_pair(float low, float high) {
   return packed;
 }
 
+__device__ __forceinline__ float bf16_low(u32 pair) { return __int_as_float(pair << 16); }
+__device__ __forceinline__ float bf16_high(u32 pair) { return __int_as_float(pair & 0xffff0000); }
+
 // 16 bytes from global to shared memory, both aligned; complete after end_copies() and
 // wait_for_copies(). Before sm_80 they are copied at once.
 __device__ __forceinline__ void copy_16(u8* to, const u8* from) {
@@ -151,4 +154,15 @@ __device__ __forceinline__ void multiply_floats(float (&d)[4], const float (&a)[
     d[i] = sum[i];
   }
 #endif
+}
+
+// c += a b: 16 x 16 numbers times 16 x 8, in bf16. Lane 4 g + t holds of a rows g (a0, a2) and g +
+// 8 (a1, a3), columns 2 t and 2 t + 1 (a0, a1) and 2 t + 8 and 2 t + 9; of b column g, the same
+// rows as a's columns; of c what multiply_tile says.
+__device__ __forceinline__ void multiply_add(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
+                                             u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }

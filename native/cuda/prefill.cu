@@ -1,8 +1,8 @@
-// prefill.cu: routed experts of many rows, around torch's grouped bf16 GEMM. Follows step.cu.
+// prefill.cu: routed experts of many rows, around their products. Follows step.cu.
 //
 // A pair is one (token, expert) of the step. group_rows_by_expert sorts the pairs that the GPU
-// computes by expert, in pair order within an expert; the rows of the GEMMs are in that order, and
-// `ends` bounds each expert's. An expert without rows is neither dequantised nor multiplied.
+// computes by expert, in pair order within an expert; prompt_experts.cu multiplies rows in that
+// order, and `ends` bounds each expert's.
 
 constexpr int kNobody = -1;  // position of a pair that somebody else computes and adds
 constexpr int kHost = -2;    // position of a pair whose token's row waits in host memory
@@ -67,58 +67,6 @@ extern "C" __global__ void __launch_bounds__(256)
   }
   if (t == 0) {
     ends[e] = wanted[e] ? at : before_expert;
-  }
-}
-
-// out bf16 [sorted rows, cols] = the pairs' tokens; grid.x = pairs, rows that do not exist return.
-extern "C" __global__ void gather_rows(const u16* x, int cols, int top_k, const int* order,
-                                       const int* num_rows, u16* out) {
-  release_next();
-  wait_for_previous();
-  const i64 row = blockIdx.x;
-  if (row >= *num_rows) {
-    return;
-  }
-  const uint4* from = reinterpret_cast<const uint4*>(x + (i64)(order[row] / top_k) * cols);
-  uint4* to = reinterpret_cast<uint4*>(out + row * cols);
-  for (int i = threadIdx.x; i < cols / 8; i += blockDim.x) {
-    to[i] = from[i];
-  }
-}
-
-// bf16 of the experts that have rows: expert e goes to out + e * stride. grid = (bands, experts).
-extern "C" __global__ void __launch_bounds__(kThreads)
-    dequantize_used(Matrix w, const int* ends, i64 stride, u16* out) {
-  release_next();
-  wait_for_previous();
-  const int e = blockIdx.y;
-  if (ends[e] == (e == 0 ? 0 : ends[e - 1])) {
-    return;
-  }
-  const u8* band = w.data + e * w.expert_bytes + blockIdx.x * w.band_bytes;
-  dequantize_band(w, band, blockIdx.x * 16, out + e * stride);
-}
-
-__device__ __forceinline__ float bf16_low(u32 pair) { return __int_as_float(pair << 16); }
-__device__ __forceinline__ float bf16_high(u32 pair) { return __int_as_float(pair & 0xffff0000); }
-
-// h bf16 [rows, cols] = silu(gate) * up of gate_up bf16 [rows, 2 * cols]; grid.x = most rows.
-extern "C" __global__ void silu_mul_rows(const u16* gate_up, int cols, const int* num_rows,
-                                         u16* h) {
-  release_next();
-  wait_for_previous();
-  const i64 row = blockIdx.x;
-  if (row >= *num_rows) {
-    return;
-  }
-  const u32* gate = reinterpret_cast<const u32*>(gate_up + row * 2 * cols);
-  const u32* up = gate + cols / 2;
-  u32* to = reinterpret_cast<u32*>(h + row * cols);
-  for (int i = threadIdx.x; i < cols / 2; i += blockDim.x) {
-    const u32 g = gate[i], u = up[i];
-    const float g0 = bf16_low(g), g1 = bf16_high(g);
-    to[i] = bf16_pair(g0 / (1.0f + __expf(-g0)) * bf16_low(u),
-                      g1 / (1.0f + __expf(-g1)) * bf16_high(u));
   }
 }
 

@@ -32,9 +32,11 @@ from tests.reference.harness import GREEDY, DirectEngine, log_softmax, mean_kl  
 pytestmark = pytest.mark.gpu
 
 SPEC = replace(QWEN3, head_dim=128, v_head_dim=128, rope=replace(QWEN3.rope, dim=128))
-# bf16 keys, values and long-prompt products round at 2^-9; one row more than 8-bit activations.
+# bf16 keys, values and long-prompt products round at 2^-9; one row more than 8-bit activations. In so
+# small a model single tokens near a tie take another expert: of bf16 queries alone, multiplied by ten
+# factors near 1 before they were rounded, the mean was 5e-5 to 1.5e-3.
 KL_LIMITS = {
-    "F32": 1e-3,
+    "F32": 2e-3,
     "BF16": 2e-3,
     "Q8_0": 5e-3,
     "Q4_0": 1e-2,

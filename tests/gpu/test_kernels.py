@@ -17,6 +17,7 @@ from bench.cuda_tools import (  # noqa: E402
     Shape,
     check_experts,
     check_linear,
+    check_prompt_experts,
     compile_types,
     draw_ids,
     make_weights,
@@ -118,6 +119,30 @@ def test_experts(launchers: Launchers, pool: Pool, names: tuple[str, str], token
     )
     x = torch.randn((tokens, shape.hidden), device="cuda")
     check_experts(ops, layer, x, draw_ids(tokens, shape, rng))
+
+
+PROMPT_EXPERTS = [("Q4_K", "Q6_K", "Q4_K"), *((name, name, name) for name in TYPES)]
+
+
+@pytest.mark.parametrize("names", PROMPT_EXPERTS)
+def test_prompt_experts(launchers: Launchers, pool: Pool, names: tuple[str, str, str]) -> None:
+    """Fewer rows than an instruction takes, and more than one block's in turns."""
+    ops = launchers[tuple(sorted(set(names)))]
+    rng = np.random.default_rng(6)
+    torch.manual_seed(6)
+    width = 768 if set(names) & WHOLE_TILES else 672
+    shape = Shape(width + 256, width, 6, 3)
+    sizes = [(shape.width, shape.hidden)] * 2 + [(shape.hidden, shape.width)]
+    gate, up, down = (
+        make_weights(pool, name, *size, shape.experts, rng)
+        for name, size in zip(names, sizes, strict=True)
+    )
+    for tokens in (1, 7, 64, 500):
+        ids = draw_ids(tokens, shape, rng)
+        ids[:, 0] = torch.where(ids[:, 1:].eq(2).any(1), ids[:, 0], 2)  # one expert gets most
+        ids[ids == 5] = -1  # one expert is somebody else's
+        x = torch.randn((tokens, shape.hidden), device="cuda").bfloat16()
+        check_prompt_experts(ops, (gate, up, down), x, ids)
 
 
 def test_three_matrices_biases_and_a_residual(launchers: Launchers, pool: Pool) -> None:

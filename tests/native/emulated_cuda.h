@@ -203,6 +203,7 @@ static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c);
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
 #define __expf expf
+#define __fdividef(a, b) ((a) / (b))
 static inline int __float2int_rn(float v) { return static_cast<int>(nearbyintf(v)); }
 static inline u32 __byte_perm(u32 low, u32 high, u32 select) {
   const uint64_t bytes = low | static_cast<uint64_t>(high) << 32;
@@ -230,6 +231,8 @@ static inline u32 bf16_pair(float low, float high) {
   };
   return round(low) | round(high) << 16;
 }
+static inline float bf16_low(u32 pair) { return bits_of<float>(pair << 16); }
+static inline float bf16_high(u32 pair) { return bits_of<float>(pair & 0xffff0000u); }
 static inline void copy_16(u8* to, const u8* from) { std::memcpy(to, from, 16); }
 static inline void end_copies() {}
 static inline void wait_for_copies(int) {}
@@ -279,4 +282,24 @@ static inline void multiply_floats(float (&d)[4], const float (&a)[4], float2 b,
     }
   }
   std::memcpy(d, sum, sizeof(sum));
+}
+
+static inline void multiply_add(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  const int lane = threadIdx.x & 31, group = lane & ~3, t = lane & 3;
+  for (int k = 0; k < 4; ++k) {
+    u32 row[4];
+    for (int i = 0; i < 4; ++i) {
+      row[i] = __shfl_sync(~0u, i == 0 ? a0 : i == 1 ? a1 : i == 2 ? a2 : a3, group | k);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const int from = 4 * (2 * t + i) | k;
+      const u32 column[2] = {__shfl_sync(~0u, b0, from), __shfl_sync(~0u, b1, from)};
+      for (int r = 0; r < 2; ++r) {
+        for (int j = 0; j < 4; ++j) {
+          const u32 x = row[r + 2 * (j >> 1)], y = column[j >> 1];
+          c[2 * r + i] += (j & 1) ? bf16_high(x) * bf16_high(y) : bf16_low(x) * bf16_low(y);
+        }
+      }
+    }
+  }
 }

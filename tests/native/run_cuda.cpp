@@ -4,6 +4,7 @@
 // base.cu is replaced by the header above.
 #include "../../native/cuda/formats.cu"
 #include "../../native/cuda/linear.cu"
+#include "../../native/cuda/prompt_experts.cu"
 
 // arguments: their addresses, as cuLaunchKernel takes them. 0: no such kernel.
 extern "C" int launch(const char* name, unsigned x, unsigned y, unsigned threads,
@@ -25,5 +26,8 @@ extern "C" int launch(const char* name, unsigned x, unsigned y, unsigned threads
   KT_KERNEL(experts_down_1)
   KT_KERNEL(experts_down_n)
   KT_KERNEL(dequantize)
+  KT_KERNEL(prompt_products)
+  KT_KERNEL(prompt_gate_up)
+  KT_KERNEL(silu_mul_rows)
   return 0;
 }

@@ -16,6 +16,7 @@ from bench.cuda_tools import (
     Shape,
     check_experts,
     check_linear,
+    check_prompt_experts,
     draw_ids,
     make_weights,
     reference,
@@ -123,3 +124,36 @@ def test_every_band_is_done_whatever_the_shape(ops: Emulated, pool: Pool) -> Non
     for rows, cols in ((16, 4096), (600, 256), (40, 1024)):
         weights = make_weights(pool, "Q4_K", rows, cols, 1, rng, "cpu")
         check_linear(ops, weights, torch.randn((1, cols)))
+
+
+@pytest.mark.parametrize(
+    ("names", "tokens"),
+    [
+        (("Q4_K", "Q4_K", "Q6_K"), 1),
+        (("Q6_K", "Q6_K", "Q4_K"), 70),  # one expert gets more rows than a block takes
+        (("Q5_1", "Q5_1", "Q8_0"), 9),
+        (("MXFP4", "IQ4_NL", "Q8_0"), 5),
+    ],
+)
+def test_prompt_experts(
+    ops: Emulated, pool: Pool, names: tuple[str, str, str], tokens: int
+) -> None:
+    rng = np.random.default_rng(5)
+    torch.manual_seed(5)
+    # Of the types without whole tiles the last tile has one block: 9 of 32 columns.
+    width = 256 if set(names) & WHOLE_TILES else 288
+    shape = Shape(width, width, 4, 2)
+    gate, up, down = (
+        make_weights(pool, name, rows, cols, shape.experts, rng, "cpu")
+        for name, rows, cols in zip(
+            names,
+            (shape.width, shape.width, shape.hidden),
+            (shape.hidden, shape.hidden, shape.width),
+            strict=True,
+        )
+    )
+    ids = draw_ids(tokens, shape, rng, "cpu")
+    ids[:, 0], ids[:, 1] = 1, torch.where(ids[:, 1] == 1, 3, ids[:, 1])  # expert 0 may have none
+    ids[0, 1] = -1
+    x = torch.randn((tokens, shape.hidden)).bfloat16()
+    check_prompt_experts(ops, (gate, up, down), x, ids)

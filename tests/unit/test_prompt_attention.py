@@ -47,7 +47,7 @@ def step(lengths: list[int], pages_of: list[int]) -> StepPages:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "make_scratch", lambda: torch.zeros(1))
+    monkeypatch.setattr(attention, "make_scratch", lambda _bytes: torch.zeros(1))
 
 
 @given(

@@ -54,6 +54,12 @@ class CutArg(ctypes.Structure):
     )
 
 
+class PromptTilesArg(ctypes.Structure):
+    """struct PromptTiles of prompt_experts.cu."""
+
+    _fields_ = (("x", _PTR), ("order", _PTR), ("top_k", _I32), ("ends", _PTR), ("turns", _I32))
+
+
 class PreparedArg(ctypes.Structure):
     """struct Prepared of step.cu."""
 

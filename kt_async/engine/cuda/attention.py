@@ -16,7 +16,8 @@ import torch
 
 from kt_async.engine.cuda.values import Attend
 
-_WORKSPACE_BYTES = 128 << 20
+_DECODE_SCRATCH = 128 << 20  # bytes
+_PROMPT_SCRATCH = 16 << 20  # whole caches leave nothing to merge
 _LARGE_TILE_MEAN = 64
 
 
@@ -72,9 +73,9 @@ def make_decode_planner(
     )
 
 
-def make_scratch() -> torch.Tensor:
+def make_scratch(num_bytes: int = _DECODE_SCRATCH) -> torch.Tensor:
     """Zeroed device memory in which flashinfer keeps partial results during a run."""
-    return torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+    return torch.zeros(num_bytes, dtype=torch.uint8, device="cuda")
 
 
 def make_prefill_planner(heads: Heads, page_size: int) -> Planner:
@@ -179,7 +180,7 @@ class FlashPrefill:
     def __init__(self, flashinfer: Any, heads: Heads, page_size: int) -> None:
         self._heads, self._page_size = heads, page_size
         self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            make_scratch(), "NHD", backend="fa2"
+            make_scratch(_PROMPT_SCRATCH), "NHD", backend="fa2"
         )
 
     def plan(self, pages: StepPages) -> Attend:

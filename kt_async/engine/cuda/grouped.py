@@ -1,23 +1,32 @@
-"""Routed experts of many rows: dequantised to bf16 and multiplied as grouped GEMMs on the GPU.
+"""Routed experts of many rows: sorted by expert on the device, multiplied straight from their bands.
 
-No host synchronisation: rows are sorted by expert on the device (native/cuda/prefill.cu), and an
-expert that no row uses costs neither time nor reads.
+No host synchronisation, and no copy of a weight in another form (native/cuda/prompt_experts.cu). A
+row's result does not depend on how many rows there are, and an expert that no row uses is not read.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from kt_async.engine.cuda.args import PromptTilesArg
+from kt_async.engine.cuda.gemv import Launcher
 from kt_async.engine.cuda.ops import CudaOps
 from kt_async.engine.cuda.values import PackedMatrix, Rows, address
 
 _I32 = ctypes.c_int32
-_I64 = ctypes.c_int64
 _PTR = ctypes.c_void_p
 _BLOCK = 256
+_WARP = 32
+# As in prompt_experts.cu.
+_WARPS = 8
+_STAGES = 2 * 64 * 128 * 2  # bytes of shared memory
+# An expert's rows are the work of as many blocks for each of its bands. Measured on an H200.
+_ROWS_OF_A_TURN = 32
+_MOST_TURNS = 8
 _SUM_BLOCK = 128  # threads of two columns each
 Matrices = tuple[PackedMatrix, PackedMatrix, PackedMatrix]  # gate, up, down
 
@@ -55,7 +64,7 @@ def grouped_multiply(
 ) -> torch.Tensor:
     """residual + the experts' weighted sum, f32 [T, H]. host.out must be complete by now."""
     by_expert = sort_rows(ops, ids, matrices[0].num_experts, host)
-    y = multiply_rows(ops, x, by_expert, ids.shape[1], matrices)
+    y = multiply_rows(ops, ops.as_bf16(x), by_expert, ids.shape[1], matrices)
     return sum_rows(ops, y, by_expert, weights, residual, host)
 
 
@@ -80,41 +89,63 @@ def sort_rows(
 
 
 def multiply_rows(
-    ops: CudaOps, x: Rows, by_expert: SortedRows, top_k: int, matrices: Matrices
+    ops: Launcher, x: torch.Tensor, by_expert: SortedRows, top_k: int, matrices: Matrices
 ) -> torch.Tensor:
-    """down(silu(gate x) * up x) of every sorted row: bf16 [pairs, H]."""
+    """down(silu(gate x) * up x) of every sorted row: bf16 [pairs, H]. x: bf16 [T, H]."""
     gate, up, down = matrices
-    pairs, inner, experts = len(by_expert.order), gate.arg.rows, gate.num_experts
-    rows = _empty(pairs, x.width)
-    source = ops.as_bf16(x)
-    ops.launch(
-        "gather_rows",
-        (pairs, 1),
-        [
-            _PTR(source.data_ptr()),
-            _I32(x.width),
-            _I32(top_k),
-            _PTR(by_expert.order.data_ptr()),
-            by_expert.num_rows,
-            _PTR(rows.data_ptr()),
-        ],
-        _BLOCK,
-    )
-    both = _empty(experts, 2 * inner, x.width)  # gate and up of an expert as one matrix
-    _dequantize(ops, gate, by_expert, both, 0)
-    _dequantize(ops, up, by_expert, both, inner * x.width)
-    gated = _grouped(rows, both, by_expert)
-    hidden = _empty(pairs, inner)
-    ops.launch(
-        "silu_mul_rows",
-        (pairs, 1),
-        [_PTR(gated.data_ptr()), _I32(inner), by_expert.num_rows, _PTR(hidden.data_ptr())],
-        _BLOCK,
-    )
-    del both
-    last = _empty(experts, down.arg.rows, inner)
-    _dequantize(ops, down, by_expert, last, 0)
-    return _grouped(hidden, last, by_expert)
+    tiles = _tiles(x, by_expert, gate.num_experts)
+    tiles.order, tiles.top_k = by_expert.order.data_ptr(), top_k
+    hidden = _gate_up(ops, tiles, by_expert, gate, up)
+    tiles = _tiles(hidden, by_expert, down.num_experts)
+    return _products(ops, tiles, [down], len(hidden))
+
+
+def _tiles(x: torch.Tensor, by_expert: SortedRows, experts: int) -> PromptTilesArg:
+    """x: one row for each sorted row."""
+    turns = len(by_expert.order) // (_ROWS_OF_A_TURN * experts)
+    turns = min(_MOST_TURNS, max(1, turns))
+    return PromptTilesArg(x.data_ptr(), None, 1, by_expert.ends.data_ptr(), turns)
+
+
+def _gate_up(
+    ops: Launcher,
+    tiles: PromptTilesArg,
+    by_expert: SortedRows,
+    gate: PackedMatrix,
+    up: PackedMatrix,
+) -> torch.Tensor:
+    """silu(gate x) * (up x) of every sorted row: bf16 [pairs, I]."""
+    pairs, inner = len(by_expert.order), gate.arg.rows
+    hidden = torch.empty((pairs, inner), dtype=torch.bfloat16, device=gate.data.device)
+    if gate.arg.type == up.arg.type:
+        grid = (-(-gate.arg.num_bands // _WARPS), gate.num_experts * tiles.turns)
+        arguments = [gate.arg, up.arg, tiles, _PTR(hidden.data_ptr())]
+        ops.launch("prompt_gate_up", grid, arguments, _WARP * _WARPS, _STAGES)
+        return hidden
+    both = _products(ops, tiles, [gate, up], pairs)
+    arguments = [
+        _PTR(both.data_ptr()),
+        _I32(inner),
+        by_expert.num_rows,
+        _PTR(hidden.data_ptr()),
+    ]
+    ops.launch("silu_mul_rows", (pairs, 1), arguments, _BLOCK)
+    return hidden
+
+
+def _products(
+    ops: Launcher, tiles: PromptTilesArg, matrices: Sequence[PackedMatrix], pairs: int
+) -> torch.Tensor:
+    """Every sorted row times matrices of its expert, side by side: bf16 [pairs, ...]."""
+    stride = sum(m.arg.rows for m in matrices)
+    out = torch.empty((pairs, stride), dtype=torch.bfloat16, device=matrices[0].data.device)
+    column = 0
+    for matrix in matrices:
+        grid = (-(-matrix.arg.num_bands // (2 * _WARPS)), matrix.num_experts * tiles.turns)
+        arguments = [matrix.arg, tiles, _I32(stride), _I32(column), _PTR(out.data_ptr())]
+        ops.launch("prompt_products", grid, arguments, _WARP * _WARPS, _STAGES)
+        column += matrix.arg.rows
+    return out
 
 
 def sum_rows(
@@ -145,24 +176,3 @@ def sum_rows(
         _SUM_BLOCK,
     )
     return out
-
-
-def _empty(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
-
-
-def _dequantize(
-    ops: CudaOps, matrix: PackedMatrix, by_expert: SortedRows, out: torch.Tensor, offset: int
-) -> None:
-    """Write the experts that have rows into out bf16 [E, ...], `offset` elements into each."""
-    arguments = [
-        matrix.arg,
-        _PTR(by_expert.ends.data_ptr()),
-        _I64(out.stride(0)),
-        _PTR(out.data_ptr() + 2 * offset),
-    ]
-    ops.launch("dequantize_used", (matrix.arg.num_bands, matrix.num_experts), arguments, _BLOCK)
-
-
-def _grouped(x: torch.Tensor, w: torch.Tensor, by_expert: SortedRows) -> torch.Tensor:
-    return torch.nn.functional.grouped_mm(x, w.transpose(-2, -1), offs=by_expert.ends)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,3 +32,16 @@ def launcher(kernels: Kernels) -> Launch:
         kernels.launch(name, grid, _THREADS, stream, arguments)
 
     return launch
+
+
+@contextmanager
+def no_old_graphs() -> Iterator[None]:
+    """Around captures: a graph of an engine before this one that is destroyed meanwhile ends them."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

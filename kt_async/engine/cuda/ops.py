@@ -40,7 +40,6 @@ from kt_async.ffi.cuda import KernelArgument, Kernels
 from kt_async.model.ops import AttentionShape, Routing
 
 _MIN_DENSE_ROWS = 256
-_MAX_LOGIT_ROWS = 64  # that are multiplied like decode rows, whatever the step
 _THREADS = 256
 _WARP = 32
 _MAX_GROUP = 3  # matrices of one launch
@@ -329,7 +328,7 @@ class CudaOps:
         if step.is_decode:
             return x
         self.settle(x)
-        self.few = len(step.logit_tokens) <= _MAX_LOGIT_ROWS
+        self.few = True  # a step has a few dozen of them at most
         return Rows(x.f32[step.logit_tokens], x.width)
 
     # ---- pieces that expert backends use too

@@ -28,6 +28,7 @@ from kt_async.engine.cuda.block import Block
 from kt_async.engine.cuda.decode import PagedDecode, is_served
 from kt_async.engine.cuda.forward import Forward, Part, prompt_part
 from kt_async.engine.cuda.handoff import HandoffExperts
+from kt_async.engine.cuda.kernels import no_old_graphs
 from kt_async.engine.cuda.lane import CudaLane
 from kt_async.engine.cuda.ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda.stream import around_step
@@ -230,8 +231,7 @@ class CudaRunner:
                 self._forward.read_back()
         self._stats["eager_steps"] += 1
 
-    # ---- graphs
-
+    @no_old_graphs()
     def _capture_all(self) -> None:
         begin = time.monotonic()
         sizes = buckets(self._layout.max_rows)

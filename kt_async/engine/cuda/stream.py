@@ -152,7 +152,7 @@ class StreamedExperts:
         if streamed.any() and not self.probe:
             copies = self._copy_rest(layer, streamed)
             matrices = copies.matrices(layer)
-            y = multiply_rows(ops, x, by_expert, ids.shape[1], matrices)
+            y = multiply_rows(ops, ops.as_bf16(x), by_expert, ids.shape[1], matrices)
             copies.release(layer)
         if cpu.is_running:
             cpu.wait_in_stream(ops)
