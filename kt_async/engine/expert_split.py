@@ -47,6 +47,7 @@ class SplitRates:
     # From a layer's last product until the CPU has the next layer's rows: fixed, per token.
     gap_s: tuple[float, float]
     overlap: bool  # False: copies block the host, so copies and CPU take turns
+    row_s: float = 0.0  # to bring one token's row to the CPU, part of the gap
 
     def window(self, tokens: int) -> float:
         """Seconds per layer in which the bus would idle if it waited for the rows."""
@@ -59,22 +60,42 @@ class SplitRates:
         """Experts 0 .. n - 1 to copy before the layer's rows are known."""
         if not self.overlap:
             return 0
-        pairs = tokens * top_k
-        used = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** pairs)
-        counts = np.zeros(num_experts, np.int64)
-        counts[: round(used)] = max(1, round(pairs / max(used, 1.0)))
+        counts = _expected_counts(tokens, top_k, num_experts)
         streamed = int(self.choose(layer, tokens, counts, 0).sum())
         fits = int(np.ceil(self.window(tokens) / self.layers[layer].copy_s))
         return min(int(_AHEAD_SHARE * streamed), fits)
+
+    def streams_all(self, layer: int, tokens: int, top_k: int, num_experts: int) -> bool:
+        """Whether copying every expert before its rows are known beats sharing them.
+
+        The bus then never waits for rows, and none of them are brought to the CPU.
+        """
+        if not self.overlap:
+            return False
+        counts = _expected_counts(tokens, top_k, num_experts)
+        ahead = self.ahead(layer, tokens, top_k, num_experts)
+        _, shared = self._seconds(layer, tokens, counts, ahead)
+        alone = max(
+            num_experts * self.layers[layer].copy_s, self.window(tokens) - self.row_s * tokens
+        )
+        return alone < float(shared.min())
 
     def choose(
         self, layer: int, tokens: int, counts: npt.NDArray[np.int64], ahead: int
     ) -> npt.NDArray[np.bool_]:
         """bool [E]: the experts to stream. counts: rows of each; the first `ahead` are copied."""
-        rates = self.layers[layer]
+        by_rows, seconds = self._seconds(layer, tokens, counts, ahead)
         streamed = np.zeros(len(counts), np.bool_)
         streamed[:ahead] = True
-        open_ = np.flatnonzero((counts > 0) & ~streamed)
+        streamed[by_rows[: int(np.argmin(seconds))]] = True
+        return streamed
+
+    def _seconds(
+        self, layer: int, tokens: int, counts: npt.NDArray[np.int64], ahead: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Experts that are not copied ahead, most rows first, and the time with the first n more."""
+        rates = self.layers[layer]
+        open_ = ahead + np.flatnonzero(counts[ahead:] > 0)
         by_rows = open_[np.argsort(-counts[open_], kind="stable")]
         cpu = rates.cpu_seconds(counts[by_rows])
         cpu_left = np.concatenate([[0.0], np.cumsum(cpu[::-1])])[::-1]  # after the first n
@@ -89,6 +110,13 @@ class SplitRates:
             streams = np.where(more > 0, self.window(tokens), 0.0)
             total = more * rates.copy_s + streams
             total += np.where(cpu_left > 0, rates.cpu_start_s + cpu_left, 0.0)
-        best = int(np.argmin(total))
-        streamed[by_rows[:best]] = True
-        return streamed
+        return by_rows, total
+
+
+def _expected_counts(tokens: int, top_k: int, num_experts: int) -> npt.NDArray[np.int64]:
+    """Rows of each expert, the used ones first, when tokens choose evenly."""
+    pairs = tokens * top_k
+    used = num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** pairs)
+    counts = np.zeros(num_experts, np.int64)
+    counts[: round(used)] = max(1, round(pairs / max(used, 1.0)))
+    return counts

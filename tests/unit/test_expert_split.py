@@ -101,6 +101,16 @@ def test_copies_ahead_fit_into_the_time_the_bus_would_wait(tokens: int) -> None:
         assert ahead > 0
 
 
+def test_long_chunks_copy_everything_where_the_bus_would_wait() -> None:
+    """Rates of an H200: the gap grows with the tokens, the copies of a whole layer do not."""
+    rates = replace(RATES, gpu_s=(0.3e-3, 0.31e-6), gap_s=(0.3e-3, 0.62e-6), row_s=0.15e-6)
+    everything = [t for t in (64, 512, 2048, 8192) if rates.streams_all(0, t, TOP_K, EXPERTS)]
+    assert everything == [8192]
+    slow_bus = replace(rates, layers=[replace(LAYER, copy_s=1e-3)])
+    assert not slow_bus.streams_all(0, 8192, TOP_K, EXPERTS)
+    assert not replace(rates, overlap=False).streams_all(0, 8192, TOP_K, EXPERTS)
+
+
 def test_cost_goes_on_beyond_the_last_measured_row() -> None:
     seconds = LAYER.cpu_seconds(np.array([128, 192, 256]))
     assert seconds[0] == pytest.approx(310e-6)

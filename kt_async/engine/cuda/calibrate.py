@@ -63,7 +63,9 @@ def measure_rates(
     # Of few tokens the CPU gets all experts: the launches run beside them, as they will later.
     cases = ((few, experts.num_experts), (many, 1))
     gaps = [_gap_seconds(experts, ops, spec, forward, *case) for case in cases]
-    rates = replace(rates, gap_s=_line(few, many, gaps))
+    host, copies = experts.cpu.host, experts.copies
+    byte_s = layers[0].copy_s / copies.bytes_per_expert(0)
+    rates = replace(rates, gap_s=_line(few, many, gaps), row_s=4 * host.x.shape[1] * byte_s)
     experts.rates = rates
     _load_variants(experts, ops, spec, forward, many)
     log.info("%s, measured in %.2f s", describe(rates, experts), time.monotonic() - begin)

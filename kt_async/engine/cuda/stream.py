@@ -1,11 +1,11 @@
 """Routed experts of prompt chunks: part copied over PCIe for the GPU, part left on the CPU.
 
-Per layer: the ids come to the host, the cost model (engine/expert_split.py) picks the experts to
-stream, the native library's threads run the CPU's experts, and meanwhile the copies, the GPU's
-products and the next layer up to its router are put on their streams. There a kernel waits for the
-CPU's sum (engine/cuda/cpu_part.py), which is added last, in a fixed order. Two device buffers
-alternate, so that part of the next layer's experts is copied before that layer's rows are known:
-the bus never rests.
+Long chunks copy every expert, where the cost model (engine/expert_split.py) says so. Otherwise, per
+layer: the ids come to the host, the model picks the experts to stream, the native library's threads
+run the CPU's experts, and meanwhile the copies, the GPU's products and the next layer up to its
+router are put on their streams. There a kernel waits for the CPU's sum (engine/cuda/cpu_part.py),
+which is added last, in a fixed order. Two device buffers alternate, so that part of the next layer's
+experts is copied before that layer's rows are known: the bus never rests.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class StreamedExperts:
     _use_gpu: bool = True
     _tokens: int = 0
     _ahead_of: dict[LayerRates, int] = field(default_factory=dict)  # in this step, by kind
+    _all_of: dict[LayerRates, bool] = field(default_factory=dict)  # likewise
     _ahead: dict[int, int] = field(default_factory=dict)  # layer -> experts copied ahead
     _copied: dict[int, torch.cuda.Event] = field(default_factory=dict)
 
@@ -82,6 +83,7 @@ class StreamedExperts:
         self._use_cpu, self._use_gpu = use_cpu, use_gpu
         self._ahead.clear()
         self._ahead_of.clear()
+        self._all_of.clear()
         self._copied.clear()
         self._tokens = rows
         self._copy_ahead(0)
@@ -103,13 +105,22 @@ class StreamedExperts:
         if names[0] not in self.layer_of:
             return self.vram(ops, x, residual, ids, weights, names)
         layer = self.layer_of[names[0]]
-        if self._streams_all():
+        if self._streams_all(layer):
             return self._stream_all(ops, x, residual, ids, weights, layer)
         return self._share(ops, x, residual, ids, weights, layer)
 
-    def _streams_all(self) -> bool:
-        wanted = self._use_gpu and (self.rates is None or not self._use_cpu)
-        return wanted and self.copies is not None
+    def _streams_all(self, layer: int) -> bool:
+        """Every expert of the layer is copied, without waiting for ids."""
+        if self.copies is None or not self._use_gpu:
+            return False
+        if self.rates is None or not self._use_cpu:
+            return True
+        kind = self.rates.layers[layer]
+        if kind not in self._all_of:
+            top_k = self.cpu.host.ids.shape[1]
+            made = self.rates.streams_all(layer, self._tokens, top_k, self.num_experts)
+            self._all_of[kind] = made and not self.probe
+        return self._all_of[kind]
 
     def _stream_all(
         self,
@@ -185,7 +196,7 @@ class StreamedExperts:
         if copies is None or not self._use_gpu or layer >= len(self.layer_of) or self.probe:
             return
         count = self.num_experts
-        if not self._streams_all():
+        if not self._streams_all(layer):
             assert self.rates is not None
             kind, top_k = self.rates.layers[layer], self.cpu.host.ids.shape[1]
             if kind not in self._ahead_of:
