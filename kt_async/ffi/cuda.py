@@ -162,8 +162,12 @@ class _LaunchConfig(ctypes.Structure):
     """CUlaunchConfig."""
 
     _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
+        ("grid_x", ctypes.c_uint),
+        ("grid_y", ctypes.c_uint),
+        ("grid_z", ctypes.c_uint),
+        ("block_x", ctypes.c_uint),
+        ("block_y", ctypes.c_uint),
+        ("block_z", ctypes.c_uint),
         ("shared_bytes", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.POINTER(_LaunchAttribute)),
@@ -180,7 +184,12 @@ class Kernels:
 
     def __init__(self, cubin: bytes) -> None:
         self._driver = ctypes.CDLL("libcuda.so.1")
+        # One for all launches, a prompt's layer makes thirty: to make them anew takes as long as the
+        # driver's part.
         self._attribute = _LaunchAttribute(_PROGRAMMATIC_SERIALIZATION, b"", 1)
+        self._config = _LaunchConfig(
+            grid_z=1, block_y=1, block_z=1, attributes=ctypes.pointer(self._attribute)
+        )
         self._module = ctypes.c_void_p()
         self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin), "load")
         self._load_functions()
@@ -224,15 +233,11 @@ class Kernels:
         """arguments: ctypes values or structures in the kernel's order. Nothing for an empty grid."""
         if 0 in grid:
             return
-        pointers = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
-        config = _LaunchConfig(
-            (*grid, 1),
-            (block, 1, 1),
-            shared_bytes,
-            stream,
-            ctypes.pointer(self._attribute),
-            int(self.overlaps),
-        )
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        config = self._config
+        config.grid_x, config.grid_y = grid
+        config.block_x, config.shared_bytes, config.stream = block, shared_bytes, stream
+        config.num_attributes = int(self.overlaps)
         function = self._function(name)
         if shared_bytes > _SHARED_WITHOUT_ASKING and shared_bytes > self._allowed.get(name, 0):
             status = self._driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, shared_bytes)

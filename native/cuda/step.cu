@@ -146,10 +146,12 @@ static __device__ u8 to_e4m3(float x) {
   return sign | (u8)((bits >> 20) - (120 << 3));
 }
 
-// Norms and rotates q and k, stores q * q_scale as bf16 [T, QH, D], k and v into their pages
-// (bf16 or e4m3 [P, 2, page, KH, D]). grid = (T, QH + 2 KH), one warp per head, D a multiple of 32,
+// Norms and rotates q and k (f32, rows so many values apart), stores q * q_scale as bf16 [T, QH,
+// D], k and v into their pages (bf16 or e4m3 [P, 2, page, KH, D]). grid = (T, QH + 2 KH), one warp
+// per head, D a multiple of 32,
 // <= 256.
 extern "C" __global__ void attention_inputs(const float* q, const float* k, const float* v,
+                                            i64 q_stride, i64 k_stride, i64 v_stride,
                                             const int* positions, const int* kv_slot, Rope p,
                                             float q_scale, int page_size, u16* q_out, void* cache) {
   release_next();
@@ -158,8 +160,9 @@ extern "C" __global__ void attention_inputs(const float* q, const float* k, cons
   const int d = p.dim, n = d / kWarp;
   const bool is_q = head < p.q_heads, is_v = head >= p.q_heads + p.kv_heads;
   const int h = is_q ? head : (head - p.q_heads) % p.kv_heads;
-  const float* from = is_q ? q + ((i64)token * p.q_heads + h) * d
-                           : (is_v ? v : k) + ((i64)token * p.kv_heads + h) * d;
+  const float* from = h * d + (is_q   ? q + token * q_stride
+                               : is_v ? v + token * v_stride
+                                      : k + token * k_stride);
   extern __shared__ float values[];
   float squares = 0.0f;
   for (int i = 0; i < n; ++i) {

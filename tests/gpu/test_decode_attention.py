@@ -23,7 +23,7 @@ from kt_async.ffi.cuda import Kernels, compile_kernels, kernel_source  # noqa: E
 pytestmark = pytest.mark.gpu
 
 PAGE = 32
-PTR, I32, F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
+PTR, I32, I64, F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 LENGTHS = [1, 2, 16, 17, 128, 129, 300, 1000, 4096, 4097, 5003, 9000]
 
 
@@ -114,6 +114,7 @@ class Case:
         q = torch.empty((rows, heads.num_heads, heads.head_dim), dtype=torch.bfloat16).cuda()
         arguments = [
             *(PTR(address(x.f32)) for x in self.qkv),
+            *(I64(x.width) for x in self.qkv),
             PTR(self.block.address("positions")),
             PTR(self.block.address("kv_slot")),
             self.rope,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kt_async.engine.cuda.values import Attend
+from kt_async.engine.cuda.values import Attend, dense_room
 
 _DECODE_SCRATCH = 128 << 20  # bytes
 _PROMPT_SCRATCH = 16 << 20  # whole caches leave nothing to merge
@@ -211,7 +211,8 @@ class FlashPrefill:
     ) -> torch.Tensor:
         del scale  # fixed by the plan
         queries = torch.cat((q, q.new_zeros((padding, *q.shape[1:])))) if padding else q
-        out: torch.Tensor = self._wrapper.run(queries, cache)
+        out = dense_room(*queries.shape)
+        self._wrapper.run(queries, cache, out=out)
         return out[: len(q)]
 
 

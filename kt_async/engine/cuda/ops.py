@@ -34,12 +34,13 @@ from kt_async.engine.cuda.values import (
     acts_room,
     address,
     current_stream,
+    dense_room,
+    enough_rows,
     prepared_arg,
 )
 from kt_async.ffi.cuda import KernelArgument, Kernels
 from kt_async.model.ops import AttentionShape, Routing
 
-_MIN_DENSE_ROWS = 256
 _THREADS = 256
 _WARP = 32
 _MAX_GROUP = 3  # matrices of one launch
@@ -48,6 +49,12 @@ _I32 = ctypes.c_int32
 _I64 = ctypes.c_int64
 _F32 = ctypes.c_float
 _PTR = ctypes.c_void_p
+
+
+def _row_stride(x: Rows) -> int:
+    """Values from one row of the f32 form to the next."""
+    assert x.f32 is not None
+    return int(x.f32.stride(0))
 
 
 class RoutedExperts(Protocol):
@@ -197,10 +204,12 @@ class CudaOps:
         names = biases or [None] * len(weights)
         matrices = [self.weights[w] for w in weights]
         packed = [m for m in matrices if isinstance(m, PackedMatrix)]
-        if not self.few or len(packed) < len(matrices) or len(packed) > _MAX_GROUP:
+        if len(packed) < len(matrices) or len(packed) > _MAX_GROUP:
             return [self.linear(x, w, bias=b) for w, b in zip(weights, names, strict=True)]
         vectors = [None if b is None else self._tensor(b) for b in names]
-        return self._gemv(x, packed, vectors, None)
+        if self.few:
+            return self._gemv(x, packed, vectors, None)
+        return self._multiply_side_by_side(x, packed, vectors)
 
     def attention(
         self,
@@ -242,6 +251,7 @@ class CudaOps:
                 _PTR(address(q.f32)),
                 _PTR(address(k.f32)),
                 _PTR(address(v.f32)),
+                *(_I64(_row_stride(x)) for x in (q, k, v)),
                 _PTR(step.positions.data_ptr()),
                 _PTR(step.kv_slot.data_ptr()),
                 arg,
@@ -354,10 +364,7 @@ class CudaOps:
         Below some hundred rows it splits the columns of some shapes between blocks; tests/gpu
         checks that prompts give the same text alone and together.
         """
-        rows = len(x)
-        if rows < _MIN_DENSE_ROWS:
-            x = torch.nn.functional.pad(x, (0, 0, 0, _MIN_DENSE_ROWS - rows))
-        return torch.nn.functional.linear(x, weight)[:rows]
+        return torch.nn.functional.linear(enough_rows(x), weight)[: len(x)]
 
     def dequantize(self, matrix: PackedMatrix, out: torch.Tensor | None = None) -> torch.Tensor:
         """bf16 [experts, rows, cols]."""
@@ -381,6 +388,24 @@ class CudaOps:
         outs = cuda_gemv.multiply(self, acts, x.count, matrices, biases, residual)
         return [Rows(out, out.shape[1]) for out in outs]
 
+    def _multiply_side_by_side(
+        self,
+        x: Rows,
+        matrices: Sequence[PackedMatrix],
+        biases: Sequence[torch.Tensor | None],
+    ) -> list[Rows]:
+        """x times each matrix, in one product; the results are columns of one tensor."""
+        widths = [m.arg.rows for m in matrices]
+        shape = (sum(widths), matrices[0].arg.cols)
+        dense = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        for matrix, part in zip(matrices, dense.split(widths), strict=True):
+            cuda_gemv.dequantize(self, matrix, part)
+        parts = self._multiply_dense(x, dense).split(widths, dim=1)
+        for part, bias in zip(parts, biases, strict=True):
+            if bias is not None:
+                part.add_(bias)
+        return [Rows(part, width) for part, width in zip(parts, widths, strict=True)]
+
     def _dense(self, matrix: Weight) -> torch.Tensor:
         if isinstance(matrix, FloatMatrix):
             return matrix.data
@@ -402,7 +427,7 @@ class CudaOps:
         if small:
             out.q, out.meta = acts_room(rows, width, "cuda")
         elif f32:
-            out.bf16 = torch.empty((rows, width), dtype=torch.bfloat16, device="cuda")
+            out.bf16 = dense_room(rows, width)
         return out
 
     def _prepare(self, x: Rows, out: Rows) -> None:

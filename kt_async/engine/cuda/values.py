@@ -10,6 +10,7 @@ import torch
 from kt_async.engine.cuda.args import ActsArg, MatrixArg, PreparedArg
 
 ACTS_GROUP = 8  # rows: kGroup of linear.cu
+DENSE_ROWS = 256  # at least, of a product with dequantised weights: see CudaOps.multiply_prompts
 
 # torch.cuda.current_stream() takes ten microseconds, which a prompt's layer would pay 20 times.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -132,6 +133,23 @@ def acts_room(
     shape = (-(-rows // ACTS_GROUP), width // 32, ACTS_GROUP)
     q = torch.empty((*shape, 32), dtype=torch.int8, device=device)
     return q, torch.empty((*shape[:2], 2, ACTS_GROUP), dtype=torch.float32, device=device)
+
+
+def dense_room(rows: int, *shape: int) -> torch.Tensor:
+    """bf16 [rows, *shape], with memory behind it for DENSE_ROWS rows."""
+    room = torch.empty((max(rows, DENSE_ROWS), *shape), dtype=torch.bfloat16, device="cuda")
+    return room[:rows]
+
+
+def enough_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [rows, width] and, below DENSE_ROWS, rows of whatever lies behind it, or zeros."""
+    rows, width = x.shape
+    if rows >= DENSE_ROWS:
+        return x
+    first, held = x.storage_offset(), x.untyped_storage().nbytes() // x.element_size()
+    if x.is_contiguous() and held >= first + DENSE_ROWS * width:
+        return x.as_strided((DENSE_ROWS, width), (width, 1), first)
+    return torch.nn.functional.pad(x, (0, 0, 0, DENSE_ROWS - rows))
 
 
 def prepared_arg(rows: Rows) -> PreparedArg:
