@@ -1,4 +1,4 @@
-"""Routed experts in VRAM: straight from their quantised bands, or dequantised grouped GEMMs."""
+"""Routed experts in VRAM, straight from their quantised bands: few rows, or a prompt's."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Everything is launched on torch's current stream with no host synchronisation, so that the same
 code runs eagerly and under CUDA-graph capture. Hidden states are f32. Rows of decode steps multiply
 quantised weights with int8 activations, in kernels whose results for a row do not depend on the
-rows beside it; prompt rows dequantise to bf16 and use tensor cores.
+rows beside it; prompt rows use tensor cores, with dense weights dequantised to bf16.
 """
 
 from __future__ import annotations
