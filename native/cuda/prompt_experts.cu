@@ -4,8 +4,9 @@
 // A block of eight warps multiplies 64 rows of one expert with 16 bands (gate and up: eight of
 // each), a warp with two bands. Only the rows go through shared memory, 128 columns at a time. A
 // lane decodes its weights to bf16 right where the matrix instructions want them: lane 4 g + t
-// reads rows 2 g and 2 g + 1 of a band, columns 8 t .. 8 t + 7 of a block of 32, which are column g
-// of two right operands in an order of columns that the left ones, 16 bytes a row, have as well.
+// reads rows 2 g and 2 g + 1 of a band, columns 8 t .. 8 t + 7 of a block of 32. They are rows g
+// and g + 8 of two left operands, whose columns are in another order, the same for the right ones:
+// there the lane's 16 bytes of row g, as they lie in memory.
 //
 // A row's products are added column block after column block, whatever the number of rows.
 
