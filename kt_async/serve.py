@@ -110,7 +110,10 @@ def _open(raw: Config, model_path: Path | None) -> ModelFiles:
 
 
 def usable_gpus() -> int:
-    """GPUs that both the driver and this PyTorch can use; says so when only the driver can."""
+    """How many GPUs, from the first on, the driver, this PyTorch and our kernels can use.
+
+    Logs a warning where the driver has more.
+    """
     if count_gpus() == 0:
         return 0
     import torch  # noqa: PLC0415 - seconds to import, and only a GPU needs it
@@ -124,7 +127,7 @@ def usable_gpus() -> int:
             name = torch.cuda.get_device_name(index)
             log.warning(
                 "GPU %d (%s) has compute capability %d.%d, the kernels need %d.0 (RTX 30 or newer): "
-                "it is not used",
+                "it is not used, nor are GPUs after it (CUDA_VISIBLE_DEVICES chooses others)",
                 *(index, name, major, minor, _LEAST_CAPABILITY),
             )
             return index

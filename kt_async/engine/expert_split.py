@@ -4,7 +4,8 @@ A cost model over measured rates (engine/cuda/calibrate.py): pure arithmetic, no
 the bus, the GPU's products and the CPU run at the same time, so a layer is done when the slowest of
 them is. The experts with the fewest rows are the cheapest on the CPU and cost the same copy as any
 other: they go to the CPU, as many as make both sides finish together. The choice follows from the
-row counts and the measured rates alone, never from how far a copy has come.
+row counts and the measured rates alone, never from how far a copy has come. Where a chunk is so long
+that the bus would wait for its rows, all experts are copied before they are known.
 """
 
 from __future__ import annotations

@@ -94,11 +94,24 @@ def gpu_budget(free_bytes: int, total_bytes: int, utilization: float) -> int:
     return budget
 
 
+def buckets(max_rows: int) -> list[int]:
+    """Row counts with a graph of their own: 1 2 3 4 6 8 12 16 24 32 ... up to max_rows."""
+    sizes = [1, 2, 3]
+    step = 4
+    while sizes[-1] < max_rows:
+        sizes.extend([step, step * 3 // 2])
+        step *= 2
+    return [*(s for s in sizes if s < max_rows), max_rows]
+
+
 def work_bytes(spec: ModelSpec, kv: KvWish) -> int:
-    """Memory of the steps themselves: logits, a dequantised matrix, activations of a chunk."""
-    logits = 2 * 4 * (kv.max_batch_size + _PROMPT_LOGIT_ROWS) * spec.vocab_size
-    # Prompts multiply by bf16 copies of dense matrices, one at a time; experts are read as they are.
-    widest = max(spec.num_heads * spec.head_dim, _dense_width(spec))
+    """Memory of the steps themselves: logits, dequantised matrices, activations of a chunk."""
+    # A buffer to sample from for steps and one for the lane, and each graph's logits.
+    rows = 2 * (kv.max_batch_size + _PROMPT_LOGIT_ROWS) + sum(buckets(kv.max_batch_size))
+    logits = 4 * rows * spec.vocab_size
+    # Prompts multiply by bf16 copies of dense matrices; experts are read as they are.
+    heads = spec.num_heads + 2 * spec.num_kv_heads  # their matrices side by side
+    widest = max(heads * spec.head_dim, _dense_width(spec))
     dequantised = 2 * spec.hidden_size * widest
     activations = _activation_bytes(spec, kv.chunk_size)
     return _BASE_BYTES + _ATTENTION_BYTES + logits + dequantised + activations

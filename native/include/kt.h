@@ -265,7 +265,7 @@ typedef struct kt_plan {
   uint32_t struct_size;
   int32_t num_tokens;      /* T */
   int32_t num_rows;        /* R */
-  int32_t num_decode_rows; /* rows 0 .. n-1 have exactly one token and a logit row each */
+  int32_t num_decode_rows; /* rows 0 .. n-1: one token, not of a prompt, and a logit row each */
   int32_t num_samples;     /* S */
   int32_t num_page_ids;
   int32_t num_bias;

@@ -193,7 +193,8 @@ def test_requests_among_others_get_the_logits_of_each_alone(
 ) -> None:
     """Bit for bit: 24 rows are more than one launch takes, and chunks cut prompts elsewhere."""
     path = checkpoint(folder, type_name)
-    prompts = [prompt(20 + 11 * i, seed=100 * seed + i) for i in range(24)]
+    lengths = [*range(20, 262, 11), 101, 201]  # two end in a piece of one token
+    prompts = [prompt(length, seed=100 * seed + i) for i, length in enumerate(lengths)]
     made = engine(path, experts_in_vram=True, use_graphs=True, max_batch_size=24, chunk_size=chunk)
     try:
         alone = [logits_of(made, [p], 24, at_once=True)[0] for p in prompts]

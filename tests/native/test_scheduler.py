@@ -109,6 +109,17 @@ def test_decodes_come_first_and_prefill_takes_the_rest_of_the_chunk():
     assert plan.num_samples == 3
 
 
+def test_a_prompts_last_token_alone_is_no_decode_row():
+    sim = Sim(chunk_size=16, max_batch_size=4)
+    sim.submit(prompt_of(17), 3)
+    steps = []
+    for _ in range(4):
+        sim.step()
+        plan = sim.scheduler.plan_struct
+        steps.append((plan.num_tokens, plan.num_decode_rows, plan.num_samples))
+    assert steps == [(16, 0, 0), (1, 0, 1), (1, 1, 1), (1, 1, 1)]
+
+
 def test_single_prefill_policy_runs_one_prompt_at_a_time():
     for policy, rows in ((structs.KT_SCHED_FCFS, 3), (structs.KT_SCHED_FCFS_SINGLE_PREFILL, 1)):
         sim = Sim(chunk_size=24, policy=policy)

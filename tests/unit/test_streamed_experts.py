@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +16,9 @@ torch = pytest.importorskip("torch")
 from kt_async.engine.cuda.copies import ExpertCopies, HostBuffers  # noqa: E402
 from kt_async.engine.cuda.cpu_part import CpuPart  # noqa: E402
 from kt_async.engine.cuda.experts import VramExperts  # noqa: E402
+from kt_async.engine.cuda.ops import CudaOps  # noqa: E402
 from kt_async.engine.cuda.stream import StreamedExperts, around_step  # noqa: E402
+from kt_async.engine.cuda.values import Rows  # noqa: E402
 from kt_async.engine.expert_split import LayerRates, SplitRates  # noqa: E402
 from kt_async.errors import EngineError, NativeError  # noqa: E402
 from kt_async.ffi import structs  # noqa: E402
@@ -155,6 +158,28 @@ def test_generated_tokens_stay_on_the_cpu() -> None:
         assert not made._choose(0, ids).any()
     with around_step(made, 1, is_decode=False):
         assert made._choose(0, ids)[:2].all()
+
+
+def test_copies_for_the_next_layer_begin_even_where_a_layer_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers of two kinds: the first leaves all to the CPU, the second copies everything."""
+    made = experts(FakeSet())
+    made.layer_of = {f"blk.{layer}.ffn_gate_exps.weight": layer for layer in range(2)}
+    kinds = [LayerRates(copy_s, (1,), (1.0,)) for copy_s in (1.0, 2.0)]
+    made.rates = SplitRates(kinds, (0.0, 0.0), (0.0, 0.0), overlap=True)
+    monkeypatch.setattr(SplitRates, "streams_all", lambda _self, layer, *_: layer == 1)
+    monkeypatch.setattr(SplitRates, "ahead", lambda *_: 0)
+    monkeypatch.setattr(SplitRates, "choose", lambda *_: np.zeros(EXPERTS, np.bool_))
+    monkeypatch.setattr(CpuPart, "fetch", lambda *_: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(CpuPart, "wait_in_stream", lambda *_: None)
+    for name in ("sort_rows", "sum_rows"):
+        monkeypatch.setattr(f"kt_async.engine.cuda.stream.{name}", lambda *_: None)
+    x, ids = torch.zeros(TOKENS, HIDDEN), made.cpu.host.ids
+    with made.step(TOKENS):
+        made._share(cast(CudaOps, None), Rows(x, HIDDEN), x, ids, made.cpu.host.weights, 0)
+        assert made._streams_all(1)
+        assert 1 in made._copied
 
 
 def test_a_failure_of_the_cpu_is_raised() -> None:

@@ -338,7 +338,7 @@ class CudaOps:
         if step.is_decode:
             return x
         self.settle(x)
-        self.few = True  # a step has a few dozen of them at most
+        self.few = True  # at most max_batch_size and those of prompts, 32
         return Rows(x.f32[step.logit_tokens], x.width)
 
     # ---- pieces that expert backends use too

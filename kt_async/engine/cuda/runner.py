@@ -33,6 +33,7 @@ from kt_async.engine.cuda.lane import CudaLane
 from kt_async.engine.cuda.ops import CudaOps, RoutedExperts
 from kt_async.engine.cuda.stream import around_step
 from kt_async.engine.cuda.values import StepTensors
+from kt_async.engine.gpu_memory import buckets
 from kt_async.errors import NativeError
 from kt_async.ffi import structs
 from kt_async.ffi.handoff import Handoff
@@ -41,16 +42,6 @@ from kt_async.model.spec import ModelSpec
 log = logging.getLogger(__name__)
 
 _LAYER_TIMEOUT_NS = 10_000_000_000
-
-
-def buckets(max_rows: int) -> list[int]:
-    """Row counts with a graph of their own: 1 2 3 4 6 8 12 16 24 32 ... up to max_rows."""
-    sizes = [1, 2, 3]
-    step = 4
-    while sizes[-1] < max_rows:
-        sizes.extend([step, step * 3 // 2])
-        step *= 2
-    return [*(s for s in sizes if s < max_rows), max_rows]
 
 
 @dataclass(slots=True)

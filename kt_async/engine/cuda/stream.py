@@ -165,6 +165,8 @@ class StreamedExperts:
             matrices = copies.matrices(layer)
             y = multiply_rows(ops, ops.as_bf16(x), by_expert, ids.shape[1], matrices)
             copies.release(layer)
+        else:
+            self._copy_ahead(layer + 1)
         if cpu.is_running:
             cpu.wait_in_stream(ops)
         return sum_rows(ops, y, by_expert, weights, residual, part)

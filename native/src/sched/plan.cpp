@@ -10,10 +10,6 @@ namespace {
 // Prefill tokens a step has at least, however tight the target time: prompts keep moving.
 constexpr int32_t kMinPrefillTokens = 16;
 
-bool is_decode_row(int32_t count, int32_t num_scores, bool has_token) {
-  return count == 1 && num_scores == 0 && has_token;
-}
-
 }  // namespace
 
 void Scheduler::require_plannable() const {
@@ -367,17 +363,17 @@ void Scheduler::add_row(Sequence& seq, int32_t count, Step& step, Budget& budget
 
 void Scheduler::write(Step& step, void* block, kt_plan* out) {
   BlockWriter writer(layout_, config_.page_size, block, out);
-  // Rows with one token and one logit row come first; a prefill's last token is such a row too.
-  std::stable_partition(step.rows.begin(), step.rows.end(), [](const Row& row) {
-    return is_decode_row(row.count, row.num_scores, row.has_token);
-  });
+  // A prompt's last token is none of them, also where a chunk or the prefix cache leaves it alone:
+  // a GPU multiplies prompts in other arithmetic, and an answer must not depend on that.
+  const auto is_decode_row = [](const Row& row) {
+    return row.count == 1 && row.has_token && row.first >= row.seq->prompt_len;
+  };
+  std::stable_partition(step.rows.begin(), step.rows.end(), is_decode_row);
   for (Row& row : step.rows) {
     Sequence& seq = *row.seq;
     writer.add_row(seq, row.count);
     row.first_sample = out->num_samples;
-    if (is_decode_row(row.count, row.num_scores, row.has_token)) {
-      out->num_decode_rows += 1;
-    }
+    out->num_decode_rows += is_decode_row(row) ? 1 : 0;
     const bool is_decode = row.first >= seq.prompt_len && row.count == 1;
     (is_decode ? step.num_decode_tokens : step.num_prefill_tokens) += row.count;
     if (row.num_scores > 0) {
