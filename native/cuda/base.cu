@@ -1,5 +1,6 @@
 // base.cu: types and machine instructions that the other CUDA files use. First in the NVRTC
-// compilation; tests/native/emulated_cuda.h stands in for it where kernels run without a GPU.
+// compilation; tests/native/emulated_cuda.h stands in for it where kernels run without a GPU. Needs
+// sm_80: bf16 matrix instructions, copies that do not wait.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -34,12 +35,7 @@ __device__ __forceinline__ float half_to_float(u32 bits) {
 
 __device__ __forceinline__ u32 bf16_pair(float low, float high) {
   u32 packed;
-#if __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-#else
-  const u32 a = __float_as_uint(low), b = __float_as_uint(high);
-  packed = ((a + 0x7fff + (a >> 16 & 1)) >> 16) | ((b + 0x7fff + (b >> 16 & 1)) & 0xffff0000);
-#endif
   return packed;
 }
 
@@ -47,25 +43,18 @@ __device__ __forceinline__ float bf16_low(u32 pair) { return __int_as_float(pair
 __device__ __forceinline__ float bf16_high(u32 pair) { return __int_as_float(pair & 0xffff0000); }
 
 // 16 bytes from global to shared memory, both aligned; complete after end_copies() and
-// wait_for_copies(). Before sm_80 they are copied at once.
+// wait_for_copies().
 __device__ __forceinline__ void copy_16(u8* to, const u8* from) {
-#if __CUDA_ARCH__ >= 800
   const u32 address = (u32)__cvta_generic_to_shared(to);
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(address), "l"(from)
                : "memory");
-#else
-  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-#endif
 }
 // Ends a group of copies of this thread.
 __device__ __forceinline__ void end_copies() {
-#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
 }
 // Waits until at most `left` (0 .. 3) of this thread's groups are under way.
 __device__ __forceinline__ void wait_for_copies(int left) {
-#if __CUDA_ARCH__ >= 800
   switch (left) {
     case 0:
       asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -79,7 +68,6 @@ __device__ __forceinline__ void wait_for_copies(int left) {
     default:
       asm volatile("cp.async.wait_group 3;" ::: "memory");
   }
-#endif
 }
 
 // d = c + a b: 16 x 32 bytes times 32 x 8 bytes in 32-bit integers. Lane 4 g + t holds of a rows
@@ -88,35 +76,11 @@ __device__ __forceinline__ void wait_for_copies(int left) {
 // 2 t and 2 t + 1.
 __device__ __forceinline__ void multiply_tile(int (&d)[4], const u32 (&a)[4], uint2 b,
                                               const int (&c)[4]) {
-#if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%10, %11, %12, %13};"
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(c[0]), "r"(c[1]),
         "r"(c[2]), "r"(c[3]));
-#else
-  const int lane = threadIdx.x & 31, group = lane & ~3, t = lane & 3;
-  int sum[4] = {c[0], c[1], c[2], c[3]};
-#pragma unroll 1
-  for (int k = 0; k < 4; ++k) {
-    u32 row[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      row[i] = __shfl_sync(~0u, a[i], group | k);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int from = 4 * (2 * t + i) | k;
-      const int low = __shfl_sync(~0u, b.x, from), high = __shfl_sync(~0u, b.y, from);
-      sum[i] = __dp4a((int)row[2], high, __dp4a((int)row[0], low, sum[i]));
-      sum[2 + i] = __dp4a((int)row[3], high, __dp4a((int)row[1], low, sum[2 + i]));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    d[i] = sum[i];
-  }
-#endif
 }
 
 // d = c + a b: 16 x 8 numbers times 8 x 8, of 11 significant bits each. Lane 4 g + t holds of a
@@ -124,36 +88,12 @@ __device__ __forceinline__ void multiply_tile(int (&d)[4], const u32 (&a)[4], ui
 // t and t + 4; of c and d what multiply_tile says.
 __device__ __forceinline__ void multiply_floats(float (&d)[4], const float (&a)[4], float2 b,
                                                 const float (&c)[4]) {
-#if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%10, %11, %12, %13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
         "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)), "f"(c[0]),
         "f"(c[1]), "f"(c[2]), "f"(c[3]));
-#else
-  const int lane = threadIdx.x & 31, group = lane & ~3, t = lane & 3;
-  float sum[4] = {c[0], c[1], c[2], c[3]};
-#pragma unroll 1
-  for (int k = 0; k < 4; ++k) {
-    float row[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      row[i] = __shfl_sync(~0u, a[i], group | k);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int from = 4 * (2 * t + i) | k;
-      const float low = __shfl_sync(~0u, b.x, from), high = __shfl_sync(~0u, b.y, from);
-      sum[i] = __fmaf_rn(row[2], high, __fmaf_rn(row[0], low, sum[i]));
-      sum[2 + i] = __fmaf_rn(row[3], high, __fmaf_rn(row[1], low, sum[2 + i]));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    d[i] = sum[i];
-  }
-#endif
 }
 
 // c += a b: 16 x 16 numbers times 16 x 8, in bf16. Lane 4 g + t holds of a rows g (a0, a2) and g +
