@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from kt_async.ffi import structs
 from kt_async.ffi.scheduler import SAMPLE_DTYPE
 from tests.native.sched_sim import Sim
-from tests.reference.scheduler import ReferenceScheduler
+from tests.reference.scheduler import ReferenceScheduler, is_decode_row
 
 STEMS = [[(7 * i + 3 * n) % 50 for i in range(60)] for n in range(3)]
 
@@ -132,6 +132,10 @@ class Pair:
             (first, count, [seq_id] * (scores + token))
             for seq_id, first, count, scores, token in rows
         ]
+        assert plan.num_decode_rows == sum(
+            is_decode_row(self.model.seqs[seq_id], first, count, token)
+            for seq_id, first, count, _, token in rows
+        )
 
     def _rows_of_block(self, plan, block):
         starts = self.sim.view("row_start", plan.num_rows + 1, block=block).tolist()

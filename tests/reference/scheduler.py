@@ -53,6 +53,11 @@ class Seq:
         return self.remaining == 1 and self.max_tokens > 0
 
 
+def is_decode_row(seq, first, count, has_token):
+    """One generated token, whose row comes before those of prompts."""
+    return count == 1 and has_token and first >= seq.prompt_len
+
+
 @dataclass
 class Node:
     refs: int = 0
@@ -148,7 +153,7 @@ class ReferenceScheduler:
         has_copies = bool(self.outs or self.ins)
         if not self.rows and not has_copies:
             return None
-        rows = sorted(self.rows, key=lambda r: not (r[2] == 1 and r[3] == 0 and r[4]))
+        rows = sorted(self.rows, key=lambda row: not is_decode_row(*row[:3], row[4]))
         for seq, first, count, scores, has_token, _ in rows:
             seq.planned = first + count
             if scores:
